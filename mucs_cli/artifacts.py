@@ -1,0 +1,371 @@
+"""Files of a run: atomic writes, tensors, fingerprints, stage manifests, and files filled block by block.
+
+A stage is done if and only if its folder holds ``manifest.json``, which is written last. Until then ``state.json`` says
+what the folder is being filled with. Nothing here knows what a stage computes.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mucs_cli import __version__
+from mucs_cli.errors import UserError
+
+FORMAT_VERSION = 1
+SAFETENSORS_DTYPE = {"float32": "F32", "float64": "F64", "int64": "I64", "int16": "I16", "uint8": "U8"}
+NUMPY_DTYPE = {code: name for name, code in SAFETENSORS_DTYPE.items()}
+
+
+# --- atomic writes ---------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` with a temporary path beside ``path``, makes the bytes durable, and renames it into place.
+
+    Raises:
+        UserError: the folder cannot be created or written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(str(path), f"cannot be written ({error}). Choose another run=, or free the disk.") from error
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(str(path), f"cannot be read as JSON ({error}). Delete it and rerun its stage.") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Saves tensors as safetensors, atomically."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, lambda temporary: save_file(ready, temporary, metadata=metadata))
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Loads a safetensors file on the CPU; with ``sha256``, checks the file's hash first.
+
+    Raises:
+        UserError: the file is missing, truncated, no safetensors file, or not the one that was written.
+    """
+    if not path.is_file():
+        raise UserError(str(path), "not found; expected a safetensors file. Rerun the stage that writes it.")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            str(path),
+            f"is truncated or no safetensors file ({error}). Rerun the stage that writes it with overwrite=true.",
+        ) from error
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise UserError(
+            str(path), "is not the file its manifest names (SHA-256 differs). Rerun its stage with overwrite=true."
+        )
+    return tensors
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (hex) of tensors, arrays, strings and JSON values; tensors count with dtype and shape."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def state_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a named set of tensors, in the order of their names."""
+    return fingerprint(*[part for name in sorted(tensors) for part in (name, tensors[name])])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the git revision where the package is run from a checkout."""
+    found = {"mucs": __version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "hydra-core", "omegaconf", "safetensors", "numpy", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ) if (Path(__file__).parent.parent / ".git").exists() and shutil.which("git") else None
+    if revision is not None and revision.returncode == 0:
+        found["git"] = revision.stdout.strip()
+    return found
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first dotted key at which two nested mappings differ, with both values; None where they agree."""
+    left, right = flatten(ours), flatten(theirs)
+    for key in [*left, *[k for k in right if k not in left]]:
+        if left.get(key) != right.get(key):
+            return key, left.get(key), right.get(key)
+    return None
+
+
+class Stage:
+    """One stage's folder.
+
+    Args:
+        folder: where its files go.
+        command: the command that fills it, for messages.
+        identity: what decides the result: ``{"config": {...}, "inputs": {...}}``, JSON values only.
+        overwrite: throw away what another identity left here.
+    """
+
+    def __init__(self, folder: Path, command: str, identity: dict[str, Any], overwrite: bool = False):
+        self.folder = folder
+        self.command = command
+        self.identity = json.loads(json.dumps(identity))
+        self.overwrite = overwrite
+        self.started = time.time()
+
+    def is_done(self) -> bool:
+        """True where the folder already holds this result.
+
+        Raises:
+            UserError: it holds another result, finished or not, and ``overwrite`` is false.
+        """
+        for name in ("manifest.json", "state.json"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            record = read_json(path)
+            difference = first_difference(self.identity, {k: record.get(k, {}) for k in self.identity})
+            if difference is None:
+                return name == "manifest.json"
+            if self.overwrite:
+                shutil.rmtree(self.folder)
+                return False
+            key, ours, theirs = difference
+            raise UserError(
+                key.removeprefix("config."),
+                f"got {ours!r}; {path} has {theirs!r}. Use another run=, or overwrite=true to redo this stage.",
+            )
+        return False
+
+    def begin(self) -> None:
+        """Records what the folder is being filled with. Files of an unfinished attempt with the same identity stay."""
+        write_json(self.folder / "state.json", {"stage": self.command, "status": "running", **self.identity})
+
+    def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
+        """Writes the manifest, last; returns it.
+
+        Args:
+            facts: what else to record (counts, seeds, device, ...).
+            outputs: files to record with their SHA-256 and size.
+        """
+        manifest = {
+            "stage": self.command,
+            "status": "done",
+            "format_version": FORMAT_VERSION,
+            **self.identity,
+            **facts,
+            "outputs": {
+                path.relative_to(self.folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+                for path in outputs
+            },
+            "versions": versions(),
+            "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self.started, 1),
+        }
+        write_json(self.folder / "manifest.json", manifest)
+        (self.folder / "state.json").unlink(missing_ok=True)
+        return manifest
+
+
+def require_manifest(folder: Path, command: str) -> dict[str, Any]:
+    """The manifest of a finished upstream stage.
+
+    Raises:
+        UserError: the stage has not run, did not finish, or was written by a newer file format.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        got = "an unfinished stage" if (folder / "state.json").exists() else "no such stage"
+        raise UserError(str(path), f"got {got}; expected a finished `mucs {command}`. Run it first: {command_hint(folder, command)}")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(
+            str(path), f"got file format {manifest.get('format_version')}; expected at most {FORMAT_VERSION}. Update mucs."
+        )
+    return manifest
+
+
+def command_hint(folder: Path, command: str) -> str:
+    run = next((p for p in folder.parents if (p / "run.json").exists()), folder.parent)
+    return f"mucs {command} run={run}"
+
+
+# --- files filled block by block -------------------------------------------------------------------------------------
+
+
+class BlockFile:
+    """A safetensors file that is filled block by block and survives an interruption.
+
+    The file is preallocated as ``<name>.partial`` and memory-mapped; ``<name>.journal`` lists the finished blocks, a line
+    each, appended after the block's bytes are durable. ``finish`` renames the file into place.
+
+    Args:
+        path: the finished file.
+        tensors: name -> (dtype, shape), dtype a NumPy name ("float32", "int64", "int16", "uint8").
+        identity: what is being written; a partial file of another identity is started afresh.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], identity: str):
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.journal = path.with_name(path.name + ".journal")
+        header, offset = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.done: set[int] = self._finished_blocks(identity)
+        try:
+            if not self.done:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self.partial.open("wb") as file:
+                    file.write(len(encoded).to_bytes(8, "little") + encoded)
+                    os.posix_fallocate(file.fileno(), 0, 8 + len(encoded) + max(offset, 1))
+                    file.truncate(8 + len(encoded) + offset)
+                self.journal.write_text(json.dumps({"identity": identity}) + "\n")
+        except OSError as error:
+            raise UserError(str(path), f"cannot be written ({error}). Choose another run=, or free the disk.") from error
+        start = 8 + len(encoded)
+        self.arrays: dict[str, np.memmap] = {
+            name: np.memmap(self.partial, dtype, "r+", start + header[name]["data_offsets"][0], shape)
+            for name, (dtype, shape) in tensors.items()
+        }
+
+    def _finished_blocks(self, identity: str) -> set[int]:
+        if not (self.journal.exists() and self.partial.exists()):
+            return set()
+        lines = self.journal.read_text().splitlines()
+        try:
+            records = [json.loads(line) for line in lines]
+        except ValueError:  # a line cut short by a crash: only that block is redone
+            records = [json.loads(line) for line in lines[:-1]]
+        if not records or records[0].get("identity") != identity:
+            return set()
+        return {record["block"] for record in records[1:]}
+
+    def commit(self, block: int) -> None:
+        """Makes the arrays durable, then records ``block`` as finished."""
+        for array in self.arrays.values():
+            array.flush()
+        with self.journal.open("a") as file:
+            file.write(json.dumps({"block": block}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.add(block)
+
+    def finish(self) -> None:
+        """Renames the file into place and removes the journal."""
+        for array in self.arrays.values():
+            array.flush()
+        self.arrays.clear()
+        sync(self.partial)
+        self.partial.replace(self.path)
+        sync(self.path.parent)
+        self.journal.unlink()
+
+
+def map_tensor(path: Path, name: str) -> np.memmap:
+    """A read-only memory map of one tensor of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or truncated, or has no such tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        entry = header[name]
+        start = 8 + length + entry["data_offsets"][0]
+        return np.memmap(path, NUMPY_DTYPE[entry["dtype"]], "r", start, tuple(entry["shape"]))
+    except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise UserError(
+            str(path), f"cannot be read ({error!r}); expected a safetensors file with {name!r}. Rerun its stage."
+        ) from error
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor of its own with the array's values."""
+    return torch.from_numpy(np.array(array))

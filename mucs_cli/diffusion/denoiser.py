@@ -1,0 +1,115 @@
+"""The denoiser: a network made into D(x; sigma) by EDM preconditioning, and its per-example loss.
+
+Karras et al., arXiv 2206.00364, table 1 and section 5. ``noise`` has unit variance, ``noised = image + sigma * noise``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mucs_cli.diffusion.networks import AUGMENTATION_DIM
+
+
+class Denoiser(Protocol):
+    """What every model offers to samplers, unlearning and scoring."""
+
+    network: nn.Module
+
+    def __call__(self, noised: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """D(noised; sigma, condition): [B, C, H, W] from noised [B, C, H, W], sigma [B] or [1]."""
+        ...
+
+    def loss(
+        self,
+        image: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted pixel-mean squared error per example, [B]; noise and sigma are given, never drawn inside."""
+        ...
+
+    def training_sigma(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` noise levels from the distribution the model is trained with; [count], float32, on the CPU."""
+        ...
+
+    def null_loss(self, mean_square: float) -> float:
+        """Expected loss, over training noise levels, of a network whose output is zero."""
+        ...
+
+
+@dataclass(eq=False)
+class EDMDenoiser:
+    """EDM preconditioning of a network.
+
+    D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), with c_skip = sd^2/(sigma^2 + sd^2),
+    c_out = sigma sd/sqrt(sigma^2 + sd^2), c_in = 1/sqrt(sigma^2 + sd^2), c_noise = ln(sigma)/4.
+
+    Args:
+        network: called as ``network(sample, timestep, condition, augmentation)``.
+        sigma_data: standard deviation sd of the training pixels, > 0.
+        p_mean, p_std: training noise levels are log-normal, ln sigma ~ N(p_mean, p_std^2).
+    """
+
+    network: nn.Module
+    sigma_data: float = 0.5
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def __call__(self, noised: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        s = sigma.view(-1, 1, 1, 1)
+        variance = s**2 + self.sigma_data**2
+        output = self.network(noised * variance.rsqrt(), sigma.log() / 4, condition)
+        return noised * (self.sigma_data**2 / variance) + output * (s * self.sigma_data * variance.rsqrt())
+
+    def loss(
+        self,
+        image: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        """w mean((D - image)^2) with w = (sigma^2 + sd^2)/(sigma sd)^2; equation 8 of the EDM paper.
+
+        As w c_out^2 = 1, this is mean((F - target)^2) with target = (sigma image/sd - sd noise)/sqrt(sigma^2 + sd^2).
+        That form loses no digits at small sigma, where D - image is a difference of nearly equal numbers.
+
+        Args:
+            image: clean images in [-1, 1]; [B, C, H, W].
+            noise: unit-variance noise; [B, C, H, W], or [1, C, H, W] shared by the batch.
+            sigma: noise levels, > 0 and finite; [B], or [1] shared by the batch.
+            condition, augmentation: passed to the network.
+        Returns:
+            [B], dimensionless; about 1 for an untrained network when sd is the pixels' standard deviation.
+        """
+        s = sigma.view(-1, 1, 1, 1)
+        scale = (s**2 + self.sigma_data**2).rsqrt()
+        output = self.network((image + s * noise) * scale, sigma.log() / 4, condition, augmentation)
+        target = image * (s * scale / self.sigma_data) - noise * (self.sigma_data * scale)
+        return (output - target).square().mean(dim=(1, 2, 3))
+
+    def training_sigma(self, count: int, generator: torch.Generator) -> Tensor:
+        return (torch.randn(count, generator=generator) * self.p_std + self.p_mean).exp()
+
+    def null_loss(self, mean_square: float) -> float:
+        """E over ln sigma ~ N(p_mean, p_std^2) of (sigma^2 m2/sd^2 + sd^2)/(sigma^2 + sd^2), which F = 0 has.
+
+        Args:
+            mean_square: m2, the mean squared pixel of the training images in [-1, 1].
+        """
+        return 1 + self._mean_noise_share() * (mean_square / self.sigma_data**2 - 1)
+
+    def _mean_noise_share(self) -> float:
+        """E[sigma^2/(sigma^2 + sd^2)] by the trapezoidal rule over +-8 standard deviations (exact to 1e-12)."""
+        z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+        density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+        share = torch.sigmoid(2 * (self.p_mean + self.p_std * z - math.log(self.sigma_data)))
+        return float(torch.trapezoid(density * share, z))
+
+
+__all__ = ["AUGMENTATION_DIM", "Denoiser", "EDMDenoiser"]

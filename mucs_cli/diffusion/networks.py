@@ -1,0 +1,262 @@
+"""Networks: a DiT of our own and diffusers' U-Net, both conditioned on the noise level, a label or vector, and an augmentation.
+
+Both are diffusers models (``save_pretrained`` and ``from_pretrained`` work) and share one call:
+``network(sample, timestep, condition, augmentation) -> [B, C, H, W]``, where ``timestep`` is the
+denoiser's ``c_noise`` (any real number per example, [B], or one for the whole batch, [1]).
+
+The DiT is our own because diffusers' ``DiTTransformer2DModel`` conditions on labels only, and draws its label dropout from
+the global random state. Peebles and Xie, arXiv 2212.09748; parameter names follow diffusers.
+"""
+
+import math
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AUGMENTATION_DIM = 9
+"""Length of an EDM augmentation vector (Karras et al., arXiv 2206.00364, appendix F.2)."""
+
+TIMESTEP_SCALE = 250.0
+"""c_noise = ln(sigma)/4 spans about 2.6; sinusoids made for timesteps 0..1000 need a comparable range to resolve it."""
+
+
+def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of ``position`` [B] at ``dim/2`` geometric frequencies from 1 to 1e-4; returns [B, dim]."""
+    frequency = torch.exp(-math.log(1e4) * torch.arange(dim // 2, device=position.device) / (dim // 2))
+    angle = position.float()[:, None] * frequency[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=1).to(position.dtype)
+
+
+def position_table(grid_size: int, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine position code of a ``grid_size`` x ``grid_size`` token grid; returns [1, grid_size**2, dim]."""
+    axis = torch.arange(grid_size, dtype=torch.float32)
+    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    halves = [sinusoidal_embedding(c.flatten(), dim // 2) for c in (row, column)]
+    return torch.cat(halves, dim=1)[None]
+
+
+class ConditionEmbedding(nn.Module):
+    """Embeds a label, a vector, or nothing. The null condition is the label ``num_classes``, or the zero vector."""
+
+    def __init__(self, num_classes: int, condition_dim: int, width: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.condition_dim = condition_dim
+        if num_classes:
+            self.label_embedding = nn.Embedding(num_classes + 1, width)
+            nn.init.normal_(self.label_embedding.weight, std=0.02)
+        if condition_dim:
+            self.projection = nn.Linear(condition_dim, width)
+
+    def forward(self, condition: Tensor | None) -> Tensor | None:
+        if not self.num_classes and not self.condition_dim:
+            if condition is not None:
+                raise ValueError("an unconditional network was given a condition")
+            return None
+        if condition is None:
+            raise ValueError("a conditional network needs a condition")
+        if self.num_classes:
+            return self.label_embedding(condition)
+        return self.projection(condition)
+
+
+class FeedForward(nn.Module):
+    """The two-layer perceptron of a transformer block, named as in diffusers (``net.0.proj``, ``net.2``)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(width, hidden)
+        self.net = nn.ModuleList([first, nn.Dropout(dropout), nn.Linear(hidden, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.net[0].proj(x), approximate="tanh")
+        return self.net[2](self.net[1](x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [B, T, width]."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.to_qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, width/heads]
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.dropout(self.to_out(mixed.transpose(1, 2).reshape(batch, tokens, width)))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each with an adaptive layer norm and a gate that starts at zero (adaLN-Zero)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(width, int(width * mlp_ratio), dropout)
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: [B, T, width]; embedding: [B, width] or [1, width], already activated."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)[:, None].chunk(6, dim=2)
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1)))
+        return torch.addcmul(x, gate2, self.ff(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Diffusion transformer with adaLN-Zero blocks and a zero-initialised output.
+
+    Args:
+        sample_size: height and width in pixels, a multiple of ``patch_size``.
+        in_channels: image channels.
+        patch_size: side of a token's square, pixels.
+        width: channels of a token, a multiple of 4 and of ``num_heads``.
+        num_layers, num_heads, mlp_ratio: depth, attention heads, and the MLP's hidden width over ``width``.
+        dropout: probability in [0, 1), after the attention's output and inside the MLP; training only.
+        num_classes: labels 0..num_classes-1, and ``num_classes`` for "no label"; 0 for an unconditional network.
+        condition_dim: length of a vector condition; 0 for none. At most one of the two is non-zero.
+        augmentation_dim: length of the augmentation vector; 0 if the network is trained without augmentation.
+    """
+
+    zero_initialised_head = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        patch_size: int = 2,
+        width: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,
+        num_classes: int = 0,
+        condition_dim: int = 0,
+        augmentation_dim: int = 0,
+    ):
+        super().__init__()
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
+        self.time_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.condition_embed = ConditionEmbedding(num_classes, condition_dim, width)
+        if augmentation_dim:
+            self.augmentation_embed = nn.Linear(augmentation_dim, width, bias=False)
+            nn.init.zeros_(self.augmentation_embed.weight)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, num_heads, mlp_ratio, dropout) for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(width, in_channels * patch_size**2)
+        for layer in (self.modulation_out, self.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("positions", position_table(sample_size // patch_size, width), persistent=False)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
+        """sample: [B, C, H, W]; timestep: c_noise, [B] or [1]; condition: [B] labels or [B, d]; returns [B, C, H, W]."""
+        embedding = self.time_embed(sinusoidal_embedding(timestep * TIMESTEP_SCALE, 256))
+        conditional = self.condition_embed(condition)
+        if conditional is not None:
+            embedding = embedding + conditional
+        if augmentation is not None:
+            embedding = embedding + self.augmentation_embed(augmentation)
+        embedding = F.silu(embedding)
+        x = self.patch_embed(self._to_tokens(sample)) + self.positions
+        for block in self.transformer_blocks:
+            x = block(x, embedding)
+        shift, scale = self.modulation_out(embedding)[:, None].chunk(2, dim=2)
+        return self._to_image(self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale)))
+
+    def _to_tokens(self, image: Tensor) -> Tensor:
+        batch, channels, height, width = image.shape
+        p = self.config.patch_size
+        x = image.reshape(batch, channels, height // p, p, width // p, p)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
+
+    def _to_image(self, tokens: Tensor) -> Tensor:
+        p, size, channels = self.config.patch_size, self.config.sample_size, self.config.in_channels
+        x = tokens.reshape(-1, size // p, size // p, channels, p, p)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, size, size)
+
+
+class UNet(ModelMixin, ConfigMixin):
+    """diffusers' ``UNet2DModel`` with our conditions added to its time embedding.
+
+    Args:
+        sample_size: height and width in pixels, a multiple of 2**(levels - 1).
+        in_channels: image channels.
+        channels: channels of the first level before its multiplier; a multiple of ``norm_groups``.
+        multipliers: one per level, from the full resolution down.
+        layers_per_block: residual blocks a level.
+        attention_resolutions: sides, in pixels, of the levels that have self-attention.
+        dropout: probability in [0, 1), inside the residual blocks; training only.
+        norm_groups: groups of every group norm.
+        num_classes, condition_dim, augmentation_dim: as in ``DiT``.
+    """
+
+    zero_initialised_head = False
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (2, 2, 2),
+        layers_per_block: int = 4,
+        attention_resolutions: tuple[int, ...] = (16,),
+        dropout: float = 0.1,
+        norm_groups: int = 32,
+        num_classes: int = 0,
+        condition_dim: int = 0,
+        augmentation_dim: int = 0,
+    ):
+        super().__init__()
+        attends = [sample_size // 2**level in attention_resolutions for level in range(len(multipliers))]
+        width = channels * multipliers[0] * 4  # of UNet2DModel's time embedding
+        self.condition_embed = ConditionEmbedding(num_classes, condition_dim, width)
+        if augmentation_dim:
+            self.augmentation_embed = nn.Linear(augmentation_dim, width, bias=False)
+            nn.init.zeros_(self.augmentation_embed.weight)
+        self.unet = UNet2DModel(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            block_out_channels=tuple(channels * m for m in multipliers),
+            layers_per_block=layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            attention_head_dim=min(64, channels),
+            norm_num_groups=norm_groups,
+            dropout=dropout,
+            time_embedding_type="positional",
+            class_embed_type="identity" if num_classes or condition_dim or augmentation_dim else None,
+        )
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
+        """As ``DiT.forward``."""
+        embedding = self.condition_embed(condition)
+        if self.config.augmentation_dim:
+            if augmentation is None:
+                augmentation = sample.new_zeros(len(sample), self.config.augmentation_dim)
+            extra = self.augmentation_embed(augmentation)
+            embedding = extra if embedding is None else embedding + extra
+        timestep = (timestep * TIMESTEP_SCALE).expand(len(sample))
+        return self.unet(sample, timestep, class_labels=embedding, return_dict=False)[0]

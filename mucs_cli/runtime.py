@@ -1,0 +1,165 @@
+"""The machine: device, threads, memory, progress and log lines."""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from mucs_cli.errors import UserError
+
+log = logging.getLogger("mucs")
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+LINE_SECONDS = 10.0
+
+
+# --- device ----------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one; asking for CUDA without one is a UserError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device", "got cuda; no CUDA device is available. Use device=cpu or device=auto.")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks instead of returning them to the kernel after every tensor.
+
+    Without it each activation above 128 KiB is mapped and unmapped anew, and the page faults cost a small network a third of its
+    time on the CPU (measured by scripts/bench/score_throughput.py --malloc). Elsewhere than on glibc it does nothing.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for CUDA's out-of-memory error and for the CPU allocator's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def smaller_batch(error: BaseException, size: int, what: str, multiple: int = 1) -> int:
+    """Half of ``size`` (a multiple of ``multiple``) after an out-of-memory error, said in the log.
+
+    Raises:
+        the error itself where it is another one.
+        UserError: the batch cannot be made smaller.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    half = size // 2 // multiple * multiple
+    if half < 1:
+        raise UserError(what, f"got out of memory at {size}, the smallest batch. Use a machine with more.") from error
+    log.warning("out of memory at %s=%d: going on with %d", what, size, half)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return half
+
+
+# --- log and progress ------------------------------------------------------------------------------------------------
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines on stderr through the console that also draws the progress bar, so that they do not garble each other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        console.print(prefix + self.format(record), markup=False)
+
+
+def set_up_logging() -> None:
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not any(isinstance(handler, ConsoleHandler) for handler in log.handlers):
+        log.addHandler(ConsoleHandler())
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Also writes the log to ``path``, appending, with times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def is_live() -> bool:
+    """Whether a moving bar may be drawn: a terminal, not a worker of a launcher, not CI."""
+    worker = multiprocessing.parent_process() is not None or "SUBMITIT_EXECUTOR" in os.environ or "SLURM_JOB_ID" in os.environ
+    return sys.stderr.isatty() and not worker and "CI" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+class Progress:
+    """Progress with rate and time left: a bar on a terminal, otherwise a line every ten seconds.
+
+    Args:
+        title: what is being done, for example "train".
+        total: how many units there are.
+        unit: what is counted, plural, for example "steps".
+        done: how many were done before (a resumed run).
+    """
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self.first = done
+        self.started = self.last_line = time.monotonic()
+        self.bar: RichProgress | None = None
+
+    def __enter__(self) -> "Progress":
+        if is_live():
+            self.bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(self.unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Counts ``count`` more units; ``note`` stands beside them (the loss, for example)."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            rate = (self.done - self.first) / (now - self.started)
+            left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
+            log.info(
+                "%s: %d/%d %s, %.3g/s, %s left%s", self.title, self.done, self.total, self.unit, rate, left, note and f", {note}"
+            )
