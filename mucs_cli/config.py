@@ -346,6 +346,11 @@ def validate(config: Mapping[str, Any] | DictConfig, root: type) -> Any:
     return result
 
 
+def sections_of(root: type) -> list[str]:
+    """Names of the fields of ``root`` that are sections."""
+    return [f.name for f in fields(root) if is_section(f)]
+
+
 def is_section(entry: Field[Any]) -> bool:
     return isinstance(entry.default_factory, type) and is_dataclass(entry.default_factory)
 

@@ -1,0 +1,1 @@
+"""The configuration files, packaged as ``mucs_cli.conf``."""
