@@ -1,8 +1,8 @@
 """The training images of a run: decoded once into a memory-mapped cache, indexed, split and fingerprinted.
 
 ``<run>/data/`` holds ``index.csv`` (example_id, file, sha256, split, metadata columns), ``images.safetensors`` (uint8
-[N, C, H, W]) and ``manifest.json``. A later load maps the cache where the source still is what the manifest says. Where it
-may have changed, or the cache was cleaned, the images are decoded again and each is held against the index.
+[N, C, H, W]) and ``manifest.json``. A later load maps the cache where the source still is what the manifest says. Where
+it may have changed, or the cache was cleaned, the images are decoded again and each is held against the index.
 """
 
 import fcntl
