@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor
 from mucs_cli.config import DataConfig, DigitsConfig, ImageFolderConfig, result_config
-from mucs_cli.data.record import Mismatch, Record, write_index
+from mucs_cli.data.record import MismatchError, Record, write_index
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 from mucs_cli.rng import generator
@@ -188,13 +188,13 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
         if stage.is_done():
             try:
                 dataset = load_known(config, source, stage)
-            except Mismatch:
+            except MismatchError:
                 if not overwrite:
                     raise
                 shutil.rmtree(stage.folder)
         if dataset is None:
+            # No state.json: an attempt that failed here has computed nothing that another configuration would lose.
             training = draw_training(len(source.files), config.holdout, config.seed)
-            stage.begin()
             dataset = decode_all(source, stage, training, None)
     if dataset.num_duplicates:
         log.info("data: %d of %d images are exact copies of an earlier one", dataset.num_duplicates, len(dataset))
@@ -234,7 +234,7 @@ def load_known(config: DataConfig, source: Source, stage: Stage) -> ImageDataset
     """The data set of the run's manifest; decoded again where the cache is gone or the source looks changed.
 
     Raises:
-        Mismatch: the images differ from the run's, or a file of the run is damaged.
+        MismatchError: the images differ from the run's, or a file of the run is damaged.
     """
     record = Record.read(stage.folder)
     record.check_files(source)
@@ -257,7 +257,7 @@ def decode_all(source: Source, stage: Stage, training: np.ndarray, record: Recor
         training: int64, sorted example_ids that are not held out.
         record: what the run already holds, which the images must equal; None for a new run.
     Raises:
-        Mismatch: an image differs from the record; the run's files are as before then.
+        MismatchError: an image differs from the record; the run's files are as before then.
         UserError: an image cannot be read, or the disk is full.
     """
     num_images, shape = len(source.files), source.shape()
@@ -266,7 +266,8 @@ def decode_all(source: Source, stage: Stage, training: np.ndarray, record: Recor
         {"image": ("uint8", (num_images, *shape))},
         fingerprint(stage.identity, source.state, shape),
     )
-    raw, sha256 = cache.arrays["image"], list[str]()
+    raw = cache.arrays["image"]
+    sha256: list[str] = []
     with Progress("decode images", num_images, "images") as progress:
         for block, start in enumerate(range(0, num_images, block_size(shape))):
             stop = min(start + block_size(shape), num_images)
@@ -280,7 +281,7 @@ def decode_all(source: Source, stage: Stage, training: np.ndarray, record: Recor
         try:
             record.check_images(source, sha256)
             record.check_fingerprint(dataset_fingerprint(source.levels, source.files, sha256, source.label, training))
-        except Mismatch:
+        except MismatchError:
             cache.partial.unlink()
             cache.journal.unlink()
             raise

@@ -15,7 +15,7 @@ from mucs_cli.errors import UserError
 ADVICE = "Use another run=, or overwrite=true to take the data as they are now."
 
 
-class Mismatch(UserError):
+class MismatchError(UserError):
     """The images, or the run's own files, are not what the run's manifest says; ``overwrite`` starts afresh."""
 
 
@@ -52,7 +52,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """Raises Mismatch where ``index.csv`` is not the one that was written."""
+        """Raises MismatchError where ``index.csv`` is not the one that was written."""
         manifest = read_json(folder / "manifest.json")
         check_output(folder, manifest, "index.csv")
         with (folder / "index.csv").open(encoding="utf-8", newline="") as table:
@@ -67,11 +67,11 @@ class Record:
         )
 
     def check_cache(self) -> None:
-        """Raises Mismatch where ``images.safetensors`` is not the one that was written."""
+        """Raises MismatchError where ``images.safetensors`` is not the one that was written."""
         check_output(self.folder, self.manifest, "images.safetensors")
 
     def check_files(self, source: Source) -> None:
-        """Raises Mismatch for the first image that came or went."""
+        """Raises MismatchError for the first image that came or went."""
         if source.files == self.file:
             return
         before, now = set(self.file), set(source.files)
@@ -79,30 +79,32 @@ class Record:
             raise self.changed(source, file, "is gone" if file in before else "is new")
 
     def check_images(self, source: Source, sha256: list[str]) -> None:
-        """Raises Mismatch for the first image whose pixels have changed."""
+        """Raises MismatchError for the first image whose pixels have changed."""
         for file, now, before in zip(source.files, sha256, self.sha256, strict=True):
             if now != before:
                 raise self.changed(source, file, "has changed")
 
     def check_fingerprint(self, fingerprint: str) -> None:
-        """Raises Mismatch where files and pixels are the same but labels or levels are not."""
+        """Raises MismatchError where files and pixels are the same but labels or levels are not."""
         if fingerprint != self.manifest["fingerprint"]:
-            raise Mismatch("data", f"got labels or levels other than {self.folder / 'manifest.json'} has. {ADVICE}")
+            raise MismatchError(
+                "data", f"got labels or levels other than {self.folder / 'manifest.json'} has. {ADVICE}"
+            )
 
-    def changed(self, source: Source, file: str, what: str) -> Mismatch:
+    def changed(self, source: Source, file: str, what: str) -> MismatchError:
         """The error that ``file`` is not what this record holds."""
         path, before = self.folder / "manifest.json", self.manifest["source"]["folder"]
         if source.folder is None:
-            return Mismatch(file, f"{what}; expected the data of {path}. {ADVICE}")
+            return MismatchError(file, f"{what}; expected the data of {path}. {ADVICE}")
         if str(source.folder) != before:
-            return Mismatch("data.path", f"got {source.folder}; {path} has {before}, and {file} {what}. {ADVICE}")
-        return Mismatch(str(source.folder / file), f"{what}; expected the data of {path}. {ADVICE}")
+            return MismatchError("data.path", f"got {source.folder}; {path} has {before}, and {file} {what}. {ADVICE}")
+        return MismatchError(str(source.folder / file), f"{what}; expected the data of {path}. {ADVICE}")
 
 
 def check_output(folder: Path, manifest: dict[str, Any], name: str) -> None:
     path = folder / name
     if not path.exists() or sha256_file(path) != manifest["outputs"][name]["sha256"]:
-        raise Mismatch(
+        raise MismatchError(
             str(path),
             "is missing or not the file its manifest names (SHA-256 differs). Use overwrite=true to make it again.",
         )

@@ -2,6 +2,7 @@ import csv
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,22 @@ def test_an_interrupted_decoding_goes_on_where_it_stopped(
     assert decoded == ["4.png", "1.png", "3.png", "5.png"]
     monkeypatch.setattr(image_folder, "decode", original)
     assert same(resumed, load_dataset(photos(photo_folder), tmp_path / "whole"))
+
+
+def test_loads_at_the_same_time_decode_once(
+    tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, decoded = image_folder.decode, []
+
+    def decode_and_count(path: Path, channels: int, image_size: int | None) -> np.ndarray:
+        decoded.append(path.name)
+        return original(path, channels, image_size)
+
+    monkeypatch.setattr(image_folder, "decode", decode_and_count)
+    with ThreadPoolExecutor(4) as pool:
+        sets = list(pool.map(lambda _: load_dataset(photos(photo_folder), tmp_path / "run"), range(4)))
+    assert len(decoded) == 6
+    assert all(same(other, sets[0]) for other in sets[1:])
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

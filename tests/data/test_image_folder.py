@@ -153,6 +153,15 @@ def test_images_that_are_not_square_are_refused(tmp_path: Path, crop: Crop) -> N
     assert "got 24x16 pixels; expected a square image. Set data.image_size" in refusal(folder).message
 
 
+def test_after_a_refusal_the_advised_setting_works_in_the_same_run(photo_folder: Path, crop: Crop) -> None:
+    Image.fromarray(crop(6, 20, 20)).save(photo_folder / "flower/odd.png")
+    assert "Set data.image_size" in refusal(photo_folder).message
+    (photo_folder / "flower/bad.png").write_bytes((photo_folder / "flower/odd.png").read_bytes()[:100])
+    assert "bad.png" in refusal(photo_folder, image_size=16).subject
+    (photo_folder / "flower/bad.png").unlink()
+    assert load(photo_folder, image_size=8).raw.shape == (7, 3, 8, 8)
+
+
 def test_image_size_resizes_and_crops_files_of_any_size(tmp_path: Path, crop: Crop) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
