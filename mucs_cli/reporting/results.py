@@ -1,0 +1,313 @@
+"""A finished run read back from disk: its data, queries and scores, and the rankings that follow from them.
+
+Nothing is computed again and no configuration is needed: a ranking is a sort of ``score/<variant>/scores.safetensors``.
+"""
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mucs_cli.artifacts import fingerprint, map_tensor, read_json, read_tensors, require_manifest, sha256_file
+from mucs_cli.errors import UserError, did_you_mean
+
+INDEX_COLUMNS = ("example_id", "file", "sha256", "split")
+"""Columns of data/index.csv that are not the data set's own metadata."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A training image's place in a query's ranking.
+
+    ``rank`` counts from 1 for the highest score; where exact copies are left out, the others move up.
+    """
+
+    rank: int
+    example_id: int
+    file: str
+    score: float
+    exact_copy: bool
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The scores of one variant, and what its manifests say of them.
+
+    Args:
+        name: the folder's name below ``score/``.
+        manifest: of ``score/<name>/``.
+        unlearn: manifest of the unlearned models, empty where the variant needs none or they were deleted.
+        score: [Q, N] float32, higher = more influential.
+        query_ids: [Q], index of each row in the queries.
+        example_ids: [N] int64, the training image of each column.
+    """
+
+    name: str
+    manifest: dict[str, Any]
+    unlearn: dict[str, Any]
+    score: NDArray[np.float32]
+    query_ids: list[int]
+    example_ids: NDArray[np.int64]
+
+    def scores_of(self, query: int) -> NDArray[np.float32]:
+        """The scores of one query, [N].
+
+        Raises:
+            UserError: the variant has no such query.
+        """
+        if query not in self.query_ids:
+            raise UserError("query", f"got {query}; expected {spell_ids(self.query_ids)}, the queries of {self.name}.")
+        return self.score[self.query_ids.index(query)]
+
+    def unlearning_of(self, query: int) -> dict[str, Any]:
+        """What the unlearning manifest records for one query; empty where it records nothing."""
+        return next((record for record in self.unlearn.get("queries", []) if record.get("query") == query), {})
+
+
+class RunResults:
+    """What a finished run holds. Manifests are read at once, tensors when asked for.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        UserError: no such run, or its queries or scores are not finished.
+    """
+
+    def __init__(self, run: Path):
+        if not run.is_dir():
+            raise UserError("run", f"got {run}; expected the folder of a finished run. Make one: mucs run run={run}")
+        self.run = run
+        self.data = require_manifest(run / "data", "train")
+        self.sample = require_manifest(run / "sample", "sample")
+        self.train = optional_manifest(run / "train")
+        folders = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
+        self.unfinished = [path.name for path in folders if not (path / "manifest.json").exists()]
+        self.variant_names = sorted(
+            (path.name for path in folders if path.name not in self.unfinished), key=variant_order
+        )
+        if not self.variant_names:
+            require_manifest(run / "score" / (self.unfinished[0] if self.unfinished else "mucs"), "score")
+        self._variants: dict[str, Variant] = {}
+
+    # --- variants ----------------------------------------------------------------------------------------------------
+
+    def variant(self, name: str) -> Variant:
+        """The scores of a variant, loaded once and checked against the hash in its manifest.
+
+        Raises:
+            UserError: no such variant, or its files are damaged or those of another data set.
+        """
+        if name not in self.variant_names:
+            known = ", ".join(self.variant_names)
+            raise UserError(
+                "variant", f"got {name!r}; expected one of {known}.{did_you_mean(name, self.variant_names)}"
+            )
+        if name not in self._variants:
+            folder = self.run / "score" / name
+            manifest = require_manifest(folder, "score")
+            tensors = read_output(folder, manifest, "scores.safetensors")
+            self._variants[name] = Variant(
+                name,
+                manifest,
+                optional_manifest(self.run / "unlearn" / str(manifest.get("unlearn_variant"))),
+                tensors["score"].numpy(),
+                tensors["query_id"].tolist(),
+                tensors["example_id"].numpy(),
+            )
+            self._check(self._variants[name], folder)
+        return self._variants[name]
+
+    def _check(self, variant: Variant, folder: Path) -> None:
+        """Scores of other images or other queries than this run holds would be shown beside the wrong pictures."""
+        inputs = variant.manifest.get("inputs", {})
+        for what, ours in (
+            ("dataset", self.data["fingerprint"]),
+            ("queries", self.sample["outputs"]["samples.safetensors"]["sha256"]),
+        ):
+            theirs = inputs.get(what, ours)
+            if theirs != ours:
+                raise UserError(
+                    str(folder / "manifest.json"),
+                    f"scores the {what} {theirs[:16]}; this run has {ours[:16]}. Rerun mucs score with overwrite=true.",
+                )
+        for what, ids, count in (
+            ("image", variant.example_ids.tolist(), len(self.index)),
+            ("query", variant.query_ids, len(self.queries)),
+        ):
+            if ids and max(ids) >= count:
+                raise UserError(
+                    str(folder),
+                    f"scores {what} {max(ids)}; this run has {count}. Rerun mucs score with overwrite=true.",
+                )
+
+    @property
+    def variants(self) -> list[Variant]:
+        return [self.variant(name) for name in self.variant_names]
+
+    def pick_variant(self, name: str | None) -> Variant:
+        """The variant ``name``; without a name the only one, or ``mucs``.
+
+        Raises:
+            UserError: no such variant, or none was named and there are several, none of them ``mucs``.
+        """
+        if name is None and len(self.variant_names) > 1 and "mucs" not in self.variant_names:
+            raise UserError("variant", f"is not set; expected one of {', '.join(self.variant_names)}. Add variant=...")
+        return self.variant(name or self.variant_names[0])
+
+    # --- data and queries --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def index(self) -> list[dict[str, str]]:
+        """Rows of data/index.csv; row i is example_id i."""
+        path = self.run / "data" / "index.csv"
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, ValueError) as error:
+            raise UserError(str(path), f"cannot be read ({error}). Rerun mucs train with overwrite=true.") from error
+        if any(row.get("example_id") != str(position) for position, row in enumerate(rows)):
+            raise UserError(
+                str(path), "expected example_id 0, 1, 2, ... in order. Rerun mucs train with overwrite=true."
+            )
+        return rows
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8]:
+        """Raw training images, memory-mapped; [N, C, H, W], 0 to ``levels``.
+
+        Raises:
+            UserError: the file is missing, or not the one that the manifest names.
+        """
+        path = self.run / "data" / "images.safetensors"
+        images = map_tensor(path, "image")
+        if sha256_file(path) != self.data["outputs"][path.name]["sha256"]:
+            raise UserError(str(path), "is not the file its manifest names (SHA-256 differs). Delete it and rerun.")
+        return images
+
+    @property
+    def levels(self) -> int:
+        """The largest raw value, which stands for 1.0 (255 for ordinary images)."""
+        return int(self.data["levels"])
+
+    @cached_property
+    def samples(self) -> dict[str, Tensor]:
+        return read_output(self.run / "sample", self.sample, "samples.safetensors")
+
+    @property
+    def queries(self) -> NDArray[np.float32]:
+        """The generated images, [Q, C, H, W] in [-1, 1]."""
+        return self.samples["image"].numpy()
+
+    def training_image(self, example_id: int) -> NDArray[np.float32]:
+        """[C, H, W] in [-1, 1]."""
+        return self.images[example_id].astype(np.float32) * (2 / self.levels) - 1
+
+    def metadata(self, example_id: int) -> dict[str, str]:
+        """The data set's own columns for one image, for example its label."""
+        return {key: value for key, value in self.index[example_id].items() if key not in INDEX_COLUMNS}
+
+    @cached_property
+    def exact_copies(self) -> dict[int, list[int]]:
+        """For each query, the example_ids whose raw pixels equal the query's, rounded to the data's levels.
+
+        Compared by the SHA-256 of the raw pixels in data/index.csv, so that no image has to be read.
+        """
+        holders: dict[str, list[int]] = {}
+        for example_id, row in enumerate(self.index):
+            holders.setdefault(row["sha256"], []).append(example_id)
+        rounded = np.rint((self.queries.clip(-1, 1) + 1) * (self.levels / 2)).astype(np.uint8)
+        return {query: holders.get(fingerprint(pixels), []) for query, pixels in enumerate(rounded)}
+
+    # --- rankings ----------------------------------------------------------------------------------------------------
+
+    def ranking(
+        self,
+        variant: Variant,
+        query: int,
+        k: int,
+        *,
+        bottom: bool = False,
+        exclude_exact: bool = False,
+        key: str = "k",
+    ) -> list[Ranked]:
+        """The ``k`` highest scores of a query, highest first; with ``bottom`` the lowest, lowest first.
+
+        Equal scores are ordered by example_id.
+
+        Args:
+            variant: whose scores.
+            query: index in the queries.
+            k: how many.
+            bottom: the other end of the ranking; ranks still count from the highest score.
+            exclude_exact: leave exact copies of the query out.
+            key: the configuration key that ``k`` came from, for the message.
+
+        Raises:
+            UserError: no such query, or ``k`` is more than there is to rank.
+        """
+        scores, copies = variant.scores_of(query), set(self.exact_copies[query])
+        # a stable sort of columns that are first put in the order of their ids
+        by_id = np.argsort(variant.example_ids, kind="stable")
+        order = by_id[np.argsort(-scores[by_id], kind="stable")]
+        if exclude_exact:
+            order = order[~np.isin(variant.example_ids[order], list(copies))]
+        if k > len(order):
+            left_out = ", exact copies of the query left out" if exclude_exact and copies else ""
+            raise UserError(
+                key, f"got {k}; expected at most {len(order)}, the training images scored{left_out}. Choose fewer."
+            )
+        ranks = range(len(order) - 1, len(order) - k - 1, -1) if bottom else range(k)
+        return [self._ranked(variant, scores, copies, int(order[position]), position + 1) for position in ranks]
+
+    def _ranked(
+        self, variant: Variant, scores: NDArray[np.float32], copies: set[int], column: int, rank: int
+    ) -> Ranked:
+        example_id = int(variant.example_ids[column])
+        return Ranked(
+            rank=rank,
+            example_id=example_id,
+            file=self.index[example_id]["file"],
+            score=float(scores[column]),
+            exact_copy=example_id in copies,
+            metadata=self.metadata(example_id),
+        )
+
+
+def read_output(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of one output of a stage, checked against its manifest's hash."""
+    return read_tensors(folder / name, manifest.get("outputs", {}).get(name, {}).get("sha256"))
+
+
+def optional_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that a run can do without; empty where there is none."""
+    path = folder / "manifest.json"
+    record = read_json(path) if path.exists() else {}
+    return record if isinstance(record, dict) else {}
+
+
+def variant_order(name: str) -> tuple[bool, list[tuple[bool, float, str]]]:
+    """A sort key: ``mucs`` first, then by name, where numbers inside a name count as numbers (5 before 10)."""
+    parts = [part for part in re.split(r"(\d+(?:\.\d+)?)", name) if part]
+    return name != "mucs", [(part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
+
+
+def spell_ids(ids: Iterable[int]) -> str:
+    """``0 to 9`` where the ids have no gap, else the ids themselves."""
+    ordered = sorted(ids)
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]} to {ordered[-1]}"
+    return "one of " + ", ".join(map(str, ordered))
+
+
+def score_text(score: float) -> str:
+    """A score with its sign, in a fixed width for scores of ordinary size."""
+    return f"{score:+.4f}" if abs(score) >= 5e-4 or score == 0 else f"{score:+.1e}"

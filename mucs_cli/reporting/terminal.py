@@ -1,0 +1,100 @@
+"""Rankings in the terminal, as JSON and as CSV."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mucs_cli.reporting.results import Ranked, score_text
+
+Rankings = dict[int, list[Ranked]]
+"""Query -> its ranked training images."""
+
+
+def printable(text: str) -> str:
+    """File names and labels come from outside: what could steer the terminal is spelled out instead."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_tables(rankings: Rankings, heading: str, stream: TextIO) -> None:
+    """A table for each query; fits 80 columns, long file names are folded."""
+    console = Console(file=stream, highlight=False)
+    console.print(Text(printable(heading)))
+    for query, ranked in rankings.items():
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        columns = list(ranked[0].metadata) if ranked else []
+        for name in ("rank", "example_id", "score"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("file", overflow="fold")
+        for name in columns:
+            table.add_column(Text(printable(name)), overflow="fold")
+        for item in ranked:
+            file = Text(printable(item.file))
+            if item.exact_copy:
+                file.append(" (exact copy)", style="yellow")
+            values = [Text(printable(item.metadata[name])) for name in columns]
+            table.add_row(str(item.rank), str(item.example_id), score_text(item.score), file, *values)
+        console.print(Text(f"query {query}", style="bold"))
+        console.print(table)
+
+
+def print_summary(rankings: Rankings, heading: str, stream: TextIO) -> None:
+    """A few lines for each query: example_id, label and score of its top images, in columns."""
+    console = Console(file=stream, highlight=False)
+    console.print(Text(printable(heading)))
+    entries = {query: [entry_text(item) for item in ranked] for query, ranked in rankings.items()}
+    width = max((len(text) for texts in entries.values() for text in texts), default=0)
+    per_line = max((console.width - 10) // (width + 3), 1)
+    for query, texts in entries.items():
+        for start in range(0, len(texts), per_line):
+            line = Text(f"{f'query {query}' if start == 0 else '':<10}", style="bold")
+            line.append(
+                "   ".join(text.ljust(width) for text in texts[start : start + per_line]).rstrip(), style="not bold"
+            )
+            console.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def entry_text(item: Ranked) -> str:
+    label = f" ({printable(item.metadata['label'])})" if item.metadata.get("label") else ""
+    return f"{item.example_id}{label} {score_text(item.score)}{' exact copy' if item.exact_copy else ''}"
+
+
+def print_json(rankings: Rankings, facts: dict[str, Any], stream: TextIO) -> None:
+    """One object: the facts, and under ``queries`` each query with its ranked images."""
+    queries = [
+        {
+            "query": query,
+            "images": [
+                {
+                    "rank": item.rank,
+                    "example_id": item.example_id,
+                    "file": item.file,
+                    "score": item.score,
+                    "exact_copy": item.exact_copy,
+                    "metadata": item.metadata,
+                }
+                for item in ranked
+            ],
+        }
+        for query, ranked in rankings.items()
+    ]
+    stream.write(json.dumps({**facts, "queries": queries}, indent=2) + "\n")
+
+
+def print_csv(rankings: Rankings, metadata: Sequence[str], stream: TextIO) -> None:
+    """A row for each image, after a header; the columns of ``top.csv``, ``exact_copy``, then the data's metadata."""
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["query", "rank", "example_id", "file", "score", "exact_copy", *metadata])
+    writer.writerows(csv_rows(rankings, metadata))
+
+
+def csv_rows(rankings: Rankings, metadata: Sequence[str]) -> Iterable[list[Any]]:
+    for query, ranked in rankings.items():
+        for item in ranked:
+            facts = [item.rank, item.example_id, item.file, item.score, str(item.exact_copy).lower()]
+            yield [query, *facts, *[item.metadata[name] for name in metadata]]

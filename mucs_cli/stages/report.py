@@ -1,0 +1,71 @@
+"""``mucs report``: everything a run found, on one page that needs no network."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mucs_cli.artifacts import Stage, fingerprint, first_difference, read_json, sha256_file, write_atomic, write_text
+from mucs_cli.config import PipelineConfig, result_config
+from mucs_cli.data.dataset import load_dataset
+from mucs_cli.errors import UserError
+from mucs_cli.reporting.facts import stage_manifests
+from mucs_cli.reporting.page import render_report, template_text
+from mucs_cli.reporting.pictures import png, top_picture
+from mucs_cli.reporting.results import RunResults
+from mucs_cli.runtime import log
+
+if TYPE_CHECKING:
+    from mucs_cli.stages.context import Context
+
+
+def run(context: "Context") -> None:
+    """Writes ``report/index.html`` and ``report/top.png``, unless they already show what the run holds now.
+
+    Raises:
+        UserError: nothing was scored yet, ``report.k`` is too large, or a file of the run is damaged.
+    """
+    config = context.config
+    assert isinstance(config, PipelineConfig)
+    results = RunResults(context.run)
+    if not (context.run / "data" / "images.safetensors").exists():
+        load_dataset(config.data, context.run)  # the decoded images were cleaned; this decodes them again
+    folder = context.folder("report")
+    identity = {"config": {"report": result_config(config.report)}, "inputs": inputs(results)}
+    if is_current(folder, identity):
+        log.info("report: up to date (%s)", folder / "index.html")
+        return
+    for name in results.unfinished:
+        log.warning("report: score/%s is not finished; left out", name)
+    k, exclude_exact = config.report.k, config.report.exclude_exact
+    page = render_report(results, k, exclude_exact)
+    picture = png(top_picture(results, results.variants[0], k, exclude_exact))
+    stage = Stage(folder, "report", identity)
+    stage.begin()
+    write_text(folder / "index.html", page)
+    write_atomic(folder / "top.png", lambda temporary: temporary.write_bytes(picture))
+    stage.finish({"variants": results.variant_names}, [folder / "index.html", folder / "top.png"])
+    log.info("report: %s and %s", folder / "index.html", folder / "top.png")
+
+
+def inputs(results: RunResults) -> dict[str, Any]:
+    """What decides the page: the manifests it shows, which hold the hashes of the tensors, and the page's own sources."""
+    manifests = stage_manifests(results)
+    return {
+        "data": fingerprint(results.data),
+        **{folder: fingerprint(manifest) for folder, manifest in manifests.items()},
+        "unfinished": results.unfinished,
+        "page": fingerprint(template_text()),
+    }
+
+
+def is_current(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds this very report, intact. A report is derived from the run: another one is just rewritten."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except UserError:
+        return False
+    if first_difference(identity, {key: manifest.get(key, {}) for key in identity}) is not None:
+        return False
+    return all(
+        (folder / name).is_file() and sha256_file(folder / name) == record["sha256"]
+        for name, record in manifest["outputs"].items()
+    )

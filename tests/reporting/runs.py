@@ -1,0 +1,172 @@
+"""A finished run as the stages leave it: real digits, scores that are a pixel similarity, so that ranks mean something."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors, write_text
+from mucs_cli.config import DigitsConfig, PipelineConfig, ReportConfig, ShowConfig
+from mucs_cli.stages import report, show
+
+LEVELS = 16
+METADATA = "label"
+
+
+class RunBuilder:
+    """Writes a run's folders.
+
+    Query q is a noisy version of digit ``100 + q``, but for the last one, which is digit 3 itself, an exact copy. A score is
+    minus the mean squared difference to the query, shifted so that some are negative.
+    """
+
+    def __init__(self, run: Path, num_images: int = 60, num_queries: int = 3):
+        self.run = run
+        digits = load_digits()
+        raw = digits.images.astype(np.uint8)[:, None]
+        self.raw, self.label = raw[:num_images], digits.target[:num_images]
+        self.files = [f"digits[{i}]" for i in range(num_images)]
+        noise = torch.randn(num_queries, 1, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+        self.query = (raw[100 : 100 + num_queries] / (LEVELS / 2) - 1 + 0.2 * noise).clip(-1, 1).astype(np.float32)
+        self.query[-1] = self.image(self.raw[3])
+
+    @staticmethod
+    def image(raw: np.ndarray) -> np.ndarray:
+        return (raw * (2 / LEVELS) - 1).astype(np.float32)
+
+    @property
+    def score(self) -> np.ndarray:
+        """[Q, N]: 0.1 minus a quarter of the mean squared difference."""
+        difference = self.query[:, None] - self.image(self.raw)[None]
+        return (0.1 - 0.25 * (difference**2).mean(axis=(2, 3, 4))).astype(np.float32)
+
+    def data(self, label: Sequence[str] | None = None) -> None:
+        folder = self.run / "data"
+        stage = Stage(folder, "data", {"config": {"data": {"name": "digits", "holdout": 0}}})
+        stage.begin()
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["example_id", "file", "sha256", "split", METADATA])
+        for i, file in enumerate(self.files):
+            shown = str(self.label[i]) if label is None else label[i]
+            rows.writerow([i, file, fingerprint(self.raw[i]), "train", shown])
+        write_text(folder / "index.csv", text.getvalue())
+        write_tensors(folder / "images.safetensors", {"image": torch.from_numpy(self.raw)})
+        facts = {
+            "name": "Optical Recognition of Handwritten Digits",
+            "source": "UCI Machine Learning Repository",
+            "licence": "CC BY 4.0",
+            "citation": "E. Alpaydin, C. Kaynak (1998).",
+        }
+        stage.finish(
+            {"facts": facts, "levels": LEVELS, "fingerprint": fingerprint(self.raw)},
+            [folder / "index.csv", folder / "images.safetensors"],
+        )
+
+    def train(self) -> None:
+        folder = self.run / "train"
+        config = {
+            "model": {"name": "dit", "size": "tiny"},
+            "training": {"num_steps": 3000, "learning_rate": 1e-3, "seed": 0},
+        }
+        stage = Stage(folder, "train", {"config": config, "inputs": {"dataset": fingerprint(self.raw)}})
+        stage.begin()
+        noise = np.random.default_rng(0).lognormal(0, 0.08, 300)
+        steps = np.arange(10, 3010, 10)
+        losses = (0.22 + 0.9 * np.exp(-steps / 180)) * noise
+        lines = [f"{step},{loss:.6g},0.001" for step, loss in zip(steps, losses, strict=True)]
+        write_text(folder / "metrics.csv", "\n".join(["step,loss,learning_rate", *lines]) + "\n")
+        stage.finish({"device": "cpu", "parameters": 242_000}, [folder / "metrics.csv"])
+
+    def sample(self) -> None:
+        folder = self.run / "sample"
+        config = {"sampler": {"num_steps": 32, "rho": 7.0}, "queries": {"num": len(self.query), "seed": 0}}
+        stage = Stage(folder, "sample", {"config": config, "inputs": {"model": "0" * 64}})
+        stage.begin()
+        count = len(self.query)
+        tensors = {
+            "image": torch.from_numpy(self.query),
+            "seed": torch.arange(count) + 7_000_000_000,
+            "condition": torch.arange(count) % 10,
+            "role": torch.zeros(count, dtype=torch.int64),
+        }
+        write_tensors(folder / "samples.safetensors", tensors)
+        stage.finish({"device": "cpu", "seeds": {"queries": 0}}, [folder / "samples.safetensors"])
+
+    def variant(
+        self,
+        name: str = "mucs",
+        score: np.ndarray | None = None,
+        forget_weight: float = 0.2,
+        unreached: Sequence[int] = (),
+    ) -> None:
+        """One unlearned and scored variant; ``unreached`` queries did not reach the bound."""
+        config = {
+            "method": {"name": "mucs", "epsilon": 1e-3},
+            "unlearning": {"forget_weight": forget_weight, "tolerance": 0.95},
+        }
+        queries = [
+            {
+                "query": q,
+                "num_steps": 1000 if q in unreached else 30 + q,
+                "reached_bound": q not in unreached,
+                "forget_loss": 0.96,
+                "retain_loss": 0.31,
+                "seconds": 2.5,
+            }
+            for q in range(len(self.query))
+        ]
+        stage = Stage(self.run / "unlearn" / name, "unlearn", {"config": config, "inputs": {"model": "0" * 64}})
+        stage.begin()
+        stage.finish({"queries": queries, "null_loss": 1.0078, "null_loss_source": "closed form"}, [])
+        folder = self.run / "score" / name
+        queries = require_manifest(self.run / "sample", "sample")["outputs"]["samples.safetensors"]["sha256"]
+        config = {"method": config["method"], "noise_bank": {"num_draws": 100, "grid": "truncated", "seed": 0}}
+        stage = Stage(
+            folder, "score", {"config": config, "inputs": {"dataset": fingerprint(self.raw), "queries": queries}}
+        )
+        stage.begin()
+        values = self.score if score is None else score
+        tensors = {
+            "score": torch.from_numpy(values),
+            "query_id": torch.arange(len(values)),
+            "example_id": torch.arange(values.shape[1]),
+        }
+        write_tensors(folder / "scores.safetensors", tensors)
+        stage.finish({"unlearn_variant": name, "device": "cpu"}, [folder / "scores.safetensors"])
+
+    def all(self) -> "RunBuilder":
+        self.data()
+        self.train()
+        self.sample()
+        self.variant()
+        return self
+
+
+@dataclass
+class RunContext:
+    """What the stages here use of a command's context."""
+
+    config: Any
+    run: Path
+
+    def folder(self, *parts: str) -> Path:
+        return self.run.joinpath(*parts)
+
+
+def make_report(run: Path, **settings: Any) -> Path:
+    """``mucs report report.<key>=<value>``; returns the page's path."""
+    config = PipelineConfig(run=str(run), data=DigitsConfig(), report=ReportConfig(**settings))
+    report.run(RunContext(config, run))
+    return run / "report" / "index.html"
+
+
+def show_run(run: Path, **settings: Any) -> None:
+    """``mucs show <key>=<value>``."""
+    show.run(RunContext(ShowConfig(run=str(run), **settings), run))

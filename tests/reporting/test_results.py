@@ -1,0 +1,152 @@
+"""Rankings read back from disk."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from mucs_cli.artifacts import write_tensors
+from mucs_cli.errors import UserError
+from mucs_cli.reporting.comparison import overlap, spearman
+from mucs_cli.reporting.results import RunResults, variant_order
+from tests.reporting.runs import RunBuilder
+
+
+def test_ranking_is_the_order_of_the_scores(finished: RunBuilder) -> None:
+    results = RunResults(finished.run)
+    ranked = results.ranking(results.variant("mucs"), 0, 5)
+    expected = sorted(range(60), key=lambda i: -finished.score[0, i])[:5]
+    assert [item.example_id for item in ranked] == expected
+    assert [item.rank for item in ranked] == [1, 2, 3, 4, 5]
+    assert [item.score for item in ranked] == [float(finished.score[0, i]) for i in expected]
+    assert [item.file for item in ranked] == [f"digits[{i}]" for i in expected]
+    assert [item.metadata for item in ranked] == [{"label": str(finished.label[i])} for i in expected]
+
+
+def test_bottom_lists_the_lowest_first_with_their_ranks_from_the_top(finished: RunBuilder) -> None:
+    results = RunResults(finished.run)
+    ranked = results.ranking(results.variant("mucs"), 0, 2, bottom=True)
+    assert [item.rank for item in ranked] == [60, 59]
+    assert [item.example_id for item in ranked] == [int(i) for i in np.argsort(finished.score[0])[:2]]
+    assert ranked[0].score < ranked[1].score
+
+
+def test_equal_scores_are_ordered_by_example_id(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data()
+    run.sample()
+    run.variant(score=np.zeros((3, 60), np.float32))
+    results = RunResults(run.run)
+    assert [item.example_id for item in results.ranking(results.variant("mucs"), 1, 4)] == [0, 1, 2, 3]
+
+
+def test_exact_copies_are_found_marked_and_left_out(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.raw[41] = run.raw[3]  # a second copy of what query 2 shows
+    results = RunResults(run.all().run)
+    variant = results.variant("mucs")
+    assert results.exact_copies == {0: [], 1: [], 2: [3, 41]}
+    everything = results.ranking(variant, 2, 60)
+    assert [item.example_id for item in everything if item.exact_copy] == [3, 41]
+    assert [item.rank for item in everything if item.exact_copy] == [1, 2]
+    left = results.ranking(variant, 2, 58, exclude_exact=True)
+    assert [item.example_id for item in left] == [item.example_id for item in everything[2:]]
+    assert left[0].rank == 1
+
+
+@pytest.mark.parametrize(("exclude_exact", "most"), [(False, 60), (True, 59)])
+def test_k_larger_than_what_there_is_to_rank_is_refused(finished: RunBuilder, exclude_exact: bool, most: int) -> None:
+    results = RunResults(finished.run)
+    assert len(results.ranking(results.variant("mucs"), 2, most, exclude_exact=exclude_exact)) == most
+    with pytest.raises(UserError, match=rf"^report\.k: got {most + 1}; expected at most {most}, the training images"):
+        results.ranking(results.variant("mucs"), 2, most + 1, exclude_exact=exclude_exact, key="report.k")
+
+
+def test_unknown_variant_and_query_are_refused_with_the_choices(finished: RunBuilder) -> None:
+    results = RunResults(finished.run)
+    with pytest.raises(UserError, match=r"variant: got 'muc'; expected one of mucs\. Did you mean 'mucs'\?"):
+        results.variant("muc")
+    with pytest.raises(UserError, match="query: got 3; expected 0 to 2"):
+        results.ranking(results.variant("mucs"), 3, 1)
+
+
+def test_without_a_name_the_variant_is_the_only_one_or_mucs_or_an_error(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data()
+    run.sample()
+    run.variant("a")
+    assert RunResults(run.run).pick_variant(None).name == "a"
+    run.variant("b")
+    with pytest.raises(UserError, match="variant: is not set; expected one of a, b"):
+        RunResults(run.run).pick_variant(None)
+    run.variant("mucs")
+    assert RunResults(run.run).pick_variant(None).name == "mucs"
+
+
+def test_variants_are_ordered_by_the_numbers_in_their_names() -> None:
+    names = ["max_steps-1000", "max_steps-50", "mucs", "max_steps-200", "weight-0.5", "weight-0.25"]
+    expected = ["mucs", "max_steps-50", "max_steps-200", "max_steps-1000", "weight-0.25", "weight-0.5"]
+    assert sorted(names, key=variant_order) == expected
+
+
+def test_folders_with_an_underscore_and_unfinished_ones_are_no_variants(finished: RunBuilder) -> None:
+    (finished.run / "score" / "_base").mkdir()
+    (finished.run / "score" / "half").mkdir()
+    results = RunResults(finished.run)
+    assert results.variant_names == ["mucs"]
+    assert results.unfinished == ["half"]
+
+
+def test_a_run_without_scores_or_without_a_folder_is_refused(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    with pytest.raises(UserError, match="run: got .*run; expected the folder of a finished run"):
+        RunResults(run.run)
+    run.data()
+    run.sample()
+    with pytest.raises(UserError, match="expected a finished `mucs score`"):
+        RunResults(run.run)
+
+
+def test_scores_of_other_queries_are_refused(finished: RunBuilder) -> None:
+    finished.query = finished.query[::-1].copy()
+    for name in ("manifest.json", "samples.safetensors"):
+        (finished.run / "sample" / name).unlink()
+    finished.sample()
+    with pytest.raises(UserError, match="scores the queries .*; this run has .* Rerun mucs score"):
+        RunResults(finished.run).variant("mucs")
+
+
+def test_damaged_scores_are_refused(finished: RunBuilder) -> None:
+    path = finished.run / "score" / "mucs" / "scores.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    with pytest.raises(UserError, match="truncated"):
+        RunResults(finished.run).variant("mucs")
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        RunResults(finished.run).variant("mucs")
+
+
+def test_images_are_read_back_as_they_were(finished: RunBuilder) -> None:
+    results = RunResults(finished.run)
+    np.testing.assert_allclose(results.training_image(7), finished.image(finished.raw[7]), atol=1e-6)
+    assert results.training_image(7).min() == -1
+    path = finished.run / "data" / "images.safetensors"
+    write_tensors(path, {"image": results.samples["image"].byte()})
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        _ = RunResults(finished.run).images
+
+
+def test_spearman_and_overlap_against_closed_forms(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run(num_images=5, num_queries=1)
+    run.data()
+    run.sample()
+    run.variant("a", np.array([[0.1, 0.2, 0.3, 0.4, 0.5]], np.float32))
+    run.variant("b", np.array([[0.2, 0.1, 0.3, 0.5, 0.4]], np.float32))
+    run.variant("flat", np.zeros((1, 5), np.float32))
+    results = RunResults(run.run)
+    a, b = results.variant("a"), results.variant("b")
+    assert spearman(a, b, 0) == pytest.approx(1 - 6 * 4 / (5 * 24))  # 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert spearman(a, results.variant("flat"), 0) is None
+    assert overlap(results.ranking(a, 0, 2), results.ranking(b, 0, 2)) == 2
+    assert overlap(results.ranking(a, 0, 1), results.ranking(b, 0, 1)) == 0

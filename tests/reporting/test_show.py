@@ -1,0 +1,101 @@
+"""``mucs show``: what stands on stdout."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from mucs_cli.errors import UserError
+from mucs_cli.stages.show import print_top
+from tests.reporting.runs import RunBuilder, show_run
+
+
+def top_ids(run: RunBuilder, query: int, k: int) -> list[int]:
+    return [int(i) for i in np.argsort(-run.score[query], kind="stable")[:k]]
+
+
+def test_table_has_a_row_for_each_image_and_fits_80_columns(
+    finished: RunBuilder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_run(finished.run, k=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line.startswith("query")] == ["query 0", "query 1", "query 2"]
+    first = top_ids(finished, 0, 1)[0]
+    row = next(line.split() for line in lines if line.split()[:2] == ["1", str(first)])
+    assert row == ["1", str(first), f"{finished.score[0, first]:+.4f}", f"digits[{first}]", str(finished.label[first])]
+    assert "exact copy" in next(line for line in lines if line.split()[:2] == ["1", "3"])
+
+
+def test_json_is_the_whole_output_and_holds_the_exact_scores(
+    finished: RunBuilder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_run(finished.run, k=4, format="json", query=2)
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["variant"], shown["num_scored"]) == ("mucs", 60)
+    (query,) = shown["queries"]
+    assert query["query"] == 2
+    assert [image["example_id"] for image in query["images"]] == top_ids(finished, 2, 4)
+    assert [image["exact_copy"] for image in query["images"]] == [True, False, False, False]
+    assert query["images"][0]["score"] == float(finished.score[2, 3])
+    assert query["images"][0]["metadata"] == {"label": "3"}
+
+
+def test_csv_parses_with_awkward_file_names(finished: RunBuilder, capsys: pytest.CaptureFixture[str]) -> None:
+    finished.files = [f'a "quoted", name\n{i}' for i in range(60)]
+    for name in ("manifest.json", "index.csv"):
+        (finished.run / "data" / name).unlink()
+    finished.data()
+    show_run(finished.run, k=2, format="csv")
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(rows[0]) == ["query", "rank", "example_id", "file", "score", "exact_copy", "label"]
+    assert [(row["query"], row["rank"]) for row in rows] == [(str(q), str(r)) for q in range(3) for r in (1, 2)]
+    assert [int(row["example_id"]) for row in rows] == [i for q in range(3) for i in top_ids(finished, q, 2)]
+    assert rows[0]["file"] == f'a "quoted", name\n{rows[0]["example_id"]}'
+    assert np.float32(rows[0]["score"]) == finished.score[0].max()
+
+
+def test_bottom_and_exclude_exact_reach_the_output(finished: RunBuilder, capsys: pytest.CaptureFixture[str]) -> None:
+    show_run(finished.run, k=1, query=2, format="json", bottom=True)
+    (image,) = json.loads(capsys.readouterr().out)["queries"][0]["images"]
+    assert (image["rank"], image["example_id"]) == (60, int(finished.score[2].argmin()))
+    show_run(finished.run, k=1, query=2, format="json", exclude_exact=True)
+    (image,) = json.loads(capsys.readouterr().out)["queries"][0]["images"]
+    assert (image["rank"], image["example_id"]) == (1, top_ids(finished, 2, 2)[1])
+
+
+def test_control_characters_and_markup_in_names_do_not_reach_the_terminal(
+    finished: RunBuilder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished.files = [f"\x1b[31m[bold]{i}" for i in range(60)]
+    for name in ("manifest.json", "index.csv"):
+        (finished.run / "data" / name).unlink()
+    finished.data()
+    show_run(finished.run, k=1, query=0)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert f"\\x1b[31m[bold]{top_ids(finished, 0, 1)[0]}" in out
+
+
+def test_it_needs_no_decoded_images(finished: RunBuilder, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished.run / "data" / "images.safetensors").unlink()
+    show_run(finished.run, k=1, query=2)
+    assert "exact copy" in capsys.readouterr().out
+
+
+def test_too_large_k_names_the_key(finished: RunBuilder) -> None:
+    with pytest.raises(UserError, match="^k: got 61; expected at most 60"):
+        show_run(finished.run, k=61)
+
+
+def test_print_top_gives_each_query_its_ids_in_order(finished: RunBuilder, capsys: pytest.CaptureFixture[str]) -> None:
+    print_top(finished.run, 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(lines[1:])
+    for query in range(3):
+        part = text.split(f"query {query}")[1].split("query")[0]
+        ids = [int(entry.split(" (")[0]) for entry in part.replace(" exact copy", "").split("   ") if "(" in entry]
+        assert ids == top_ids(finished, query, 5)
