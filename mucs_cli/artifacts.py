@@ -141,13 +141,17 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ) if (Path(__file__).parent.parent / ".git").exists() and shutil.which("git") else None
+    revision = (
+        subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if (Path(__file__).parent.parent / ".git").exists() and shutil.which("git")
+        else None
+    )
     if revision is not None and revision.returncode == 0:
         found["git"] = revision.stdout.strip()
     return found
@@ -192,6 +196,8 @@ class Stage:
         self.identity = json.loads(json.dumps(identity))
         self.overwrite = overwrite
         self.started = time.time()
+        self.progress: dict[str, Any] = {}
+        """What an unfinished attempt with the same identity has done; see ``save_progress``."""
 
     def is_done(self) -> bool:
         """True where the folder already holds this result.
@@ -218,8 +224,16 @@ class Stage:
         return False
 
     def begin(self) -> None:
-        """Records what the folder is being filled with. Files of an unfinished attempt with the same identity stay."""
-        write_json(self.folder / "state.json", {"stage": self.command, "status": "running", **self.identity})
+        """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
+        state = self.folder / "state.json"
+        self.progress = read_json(state).get("progress", {}) if state.exists() else {}
+        self.save_progress(self.progress)
+
+    def save_progress(self, progress: dict[str, Any]) -> None:
+        """Records what is done so far, for a rerun after an interruption and for ``mucs status``."""
+        self.progress = progress
+        state = {"stage": self.command, "status": "running", **self.identity, "progress": progress}
+        write_json(self.folder / "state.json", state)
 
     def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
         """Writes the manifest, last; returns it.
@@ -257,11 +271,14 @@ def require_manifest(folder: Path, command: str) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         got = "an unfinished stage" if (folder / "state.json").exists() else "no such stage"
-        raise UserError(str(path), f"got {got}; expected a finished `mucs {command}`. Run it first: {command_hint(folder, command)}")
+        raise UserError(
+            str(path), f"got {got}; expected a finished `mucs {command}`. Run it first: {command_hint(folder, command)}"
+        )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(
-            str(path), f"got file format {manifest.get('format_version')}; expected at most {FORMAT_VERSION}. Update mucs."
+            str(path),
+            f"got file format {manifest.get('format_version')}; expected at most {FORMAT_VERSION}. Update mucs.",
         )
     return manifest
 
@@ -293,7 +310,11 @@ class BlockFile:
         header, offset = {}, 0
         for name, (dtype, shape) in tensors.items():
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPE[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
@@ -307,7 +328,9 @@ class BlockFile:
                     file.truncate(8 + len(encoded) + offset)
                 self.journal.write_text(json.dumps({"identity": identity}) + "\n")
         except OSError as error:
-            raise UserError(str(path), f"cannot be written ({error}). Choose another run=, or free the disk.") from error
+            raise UserError(
+                str(path), f"cannot be written ({error}). Choose another run=, or free the disk."
+            ) from error
         start = 8 + len(encoded)
         self.arrays: dict[str, np.memmap] = {
             name: np.memmap(self.partial, dtype, "r+", start + header[name]["data_offsets"][0], shape)

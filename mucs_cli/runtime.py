@@ -107,7 +107,11 @@ def log_file(path: Path) -> Iterator[None]:
 
 def is_live() -> bool:
     """Whether a moving bar may be drawn: a terminal, not a worker of a launcher, not CI."""
-    worker = multiprocessing.parent_process() is not None or "SUBMITIT_EXECUTOR" in os.environ or "SLURM_JOB_ID" in os.environ
+    worker = (
+        multiprocessing.parent_process() is not None
+        or "SUBMITIT_EXECUTOR" in os.environ
+        or "SLURM_JOB_ID" in os.environ
+    )
     return sys.stderr.isatty() and not worker and "CI" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
@@ -161,5 +165,12 @@ class Progress:
             rate = (self.done - self.first) / (now - self.started)
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
             log.info(
-                "%s: %d/%d %s, %.3g/s, %s left%s", self.title, self.done, self.total, self.unit, rate, left, note and f", {note}"
+                "%s: %d/%d %s, %.3g/s, %s left%s",
+                self.title,
+                self.done,
+                self.total,
+                self.unit,
+                rate,
+                left,
+                note and f", {note}",
             )

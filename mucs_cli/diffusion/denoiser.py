@@ -10,8 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mucs_cli.diffusion.networks import AUGMENTATION_DIM
-
 
 class Denoiser(Protocol):
     """What every model offers to samplers, unlearning and scoring."""
@@ -110,6 +108,3 @@ class EDMDenoiser:
         density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
         share = torch.sigmoid(2 * (self.p_mean + self.p_std * z - math.log(self.sigma_data)))
         return float(torch.trapezoid(density * share, z))
-
-
-__all__ = ["AUGMENTATION_DIM", "Denoiser", "EDMDenoiser"]

@@ -25,9 +25,9 @@ TIMESTEP_SCALE = 250.0
 
 def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
     """Sines and cosines of ``position`` [B] at ``dim/2`` geometric frequencies from 1 to 1e-4; returns [B, dim]."""
-    frequency = torch.exp(-math.log(1e4) * torch.arange(dim // 2, device=position.device) / (dim // 2))
-    angle = position.float()[:, None] * frequency[None]
-    return torch.cat([angle.cos(), angle.sin()], dim=1).to(position.dtype)
+    step = torch.arange(dim // 2, device=position.device, dtype=position.dtype) / (dim // 2)
+    angle = position[:, None] * torch.exp(-math.log(1e4) * step)[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def position_table(grid_size: int, dim: int) -> Tensor:
@@ -61,6 +61,10 @@ class ConditionEmbedding(nn.Module):
         if self.num_classes:
             return self.label_embedding(condition)
         return self.projection(condition)
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition that stands for "none", in the shape of ``condition``."""
+        return torch.full_like(condition, self.num_classes) if self.num_classes else torch.zeros_like(condition)
 
 
 class FeedForward(nn.Module):

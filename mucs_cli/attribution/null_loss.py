@@ -1,0 +1,41 @@
+"""The null loss: the expected loss of a network that knows nothing, which bounds the unlearning (MUCS, arXiv 2605.17938)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.rng import generator
+
+MAX_BATCHES = 200
+BATCH_SIZE = 100
+
+
+@torch.inference_mode()
+def monte_carlo_null_loss(
+    fresh: Denoiser, batches: Iterable[tuple[Tensor, Tensor | None]], seed: int, device: torch.device
+) -> float:
+    """Mean loss of a freshly initialised network over training batches, one (sigma, noise) an image.
+
+    Args:
+        fresh: a denoiser whose network has its initial weights, in evaluation mode.
+        batches: (image [B, C, H, W], condition or None), at most one pass over the training images.
+        seed: of the noise; batch i draws from the stream ("null_loss", i).
+        device: where the network is.
+    Returns:
+        The mean over images, dimensionless.
+    """
+    total, count = 0.0, 0
+    for index, (image, condition) in enumerate(batches):
+        if index == MAX_BATCHES:
+            break
+        source = generator(seed, "null_loss", index)
+        sigma = fresh.training_sigma(len(image), source).to(device)
+        noise = torch.randn(image.shape, generator=source).to(device)
+        condition = None if condition is None else condition.to(device)
+        total += float(fresh.loss(image.to(device), noise, sigma, condition).double().sum())
+        count += len(image)
+    if count == 0:
+        raise ValueError("no batches")
+    return total / count

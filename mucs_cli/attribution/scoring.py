@@ -1,0 +1,136 @@
+"""The score engine: losses of many models over all training images under one noise bank.
+
+The unit of computation is a block of images of one fixed size (the last one is padded), all under the same draw. Its bits do not
+depend on which models or queries share a pass, nor on how many blocks there are.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.diffusion.noise_bank import NoiseBank
+
+GRANULE = 16
+"""Blocks are multiples of this many images: matrix kernels treat such rows alike wherever they stand in the batch."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Block ``index`` covers the training rows ``start`` to ``stop`` and is computed with ``size`` rows."""
+
+    index: int
+    start: int
+    stop: int
+    size: int
+
+    def rows(self) -> Tensor:
+        """The block's row numbers, padded to its size with the last row; [size], int64."""
+        return torch.arange(self.start, self.start + self.size).clamp(max=self.stop - 1)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def blocks_of(num_images: int, size: int) -> list[Block]:
+    """Cuts ``num_images`` rows into blocks of ``size``."""
+    return [
+        Block(index, start, min(start + size, num_images), size)
+        for index, start in enumerate(range(0, num_images, size))
+    ]
+
+
+@contextmanager
+def replaced_parameters(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Points the named parameters at other tensors, without copying, for the length of the context."""
+    parameters = dict(network.named_parameters())
+    before = {name: parameters[name].data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            parameters[name].data = tensor
+        yield
+    finally:
+        for name, tensor in before.items():
+            parameters[name].data = tensor
+
+
+@torch.inference_mode()
+def bank_losses(
+    denoiser: Denoiser,
+    image: Tensor,
+    condition: Tensor | None,
+    bank: NoiseBank,
+    models: Sequence[Mapping[str, Tensor]] = ({},),
+    on_forward: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Losses of every model on every image under every draw.
+
+    Args:
+        denoiser: the base model, in evaluation mode, float32.
+        image: [B, C, H, W] in [-1, 1], on the model's device.
+        condition: each image's own condition, or None.
+        bank: n draws, on the model's device.
+        models: for each model the tensors that differ from the base model; an empty mapping is the base model.
+        on_forward: called with the number of images after each forward pass.
+    Returns:
+        [M, B, n], float32, on the CPU.
+    """
+    losses = torch.empty(len(models), len(bank), len(image), device=image.device)
+    for m, tensors in enumerate(models):
+        with replaced_parameters(denoiser.network, tensors):
+            for n in range(len(bank)):
+                losses[m, n] = denoiser.loss(image, bank.noise[n : n + 1], bank.sigma[n : n + 1], condition)
+                if on_forward is not None:
+                    on_forward(len(image))
+    return losses.transpose(1, 2).contiguous().cpu()
+
+
+def choose_block_size(
+    denoiser: Denoiser,
+    image: Tensor,
+    condition: Tensor | None,
+    bank: NoiseBank,
+    num_images: int,
+    candidates: Sequence[int] = (64, 128, 256, 384, 512, 768, 1024),
+    seconds: float = 0.25,
+) -> int:
+    """Times forward passes of a few block sizes and returns the one that gets through ``num_images`` fastest.
+
+    Each candidate is fitted to the number of images, so that padding is counted as the cost that it is.
+
+    Args:
+        denoiser: the base model.
+        image: any images, [B, C, H, W], repeated to fill a block.
+        condition: their conditions.
+        bank: a noise bank; its first draws are used.
+        num_images: how many images will be scored.
+        candidates: block sizes to try.
+        seconds: time spent on each.
+    """
+    best, best_time = GRANULE, math.inf
+    for size in dict.fromkeys(fitted_block_size(num_images, candidate) for candidate in candidates):
+        rows = torch.arange(size) % len(image)
+        block, block_condition = image[rows], None if condition is None else condition[rows]
+        fastest, spent = math.inf, 0.0
+        draw = NoiseBank(bank.sigma[:1], bank.noise[:1])
+        bank_losses(denoiser, block, block_condition, draw)  # warm up: allocations, kernel choice
+        while spent < seconds:
+            start = time.perf_counter()
+            bank_losses(denoiser, block, block_condition, draw)
+            took = time.perf_counter() - start
+            fastest, spent = min(fastest, took), spent + took
+        total = fastest * math.ceil(num_images / size)
+        if total < best_time:
+            best, best_time = size, total
+    return best
+
+
+def fitted_block_size(num_images: int, candidate: int) -> int:
+    """The multiple of 16 that cuts ``num_images`` into about ``candidate``-sized blocks with least padding."""
+    blocks = max(1, round(num_images / candidate))
+    return math.ceil(num_images / blocks / GRANULE) * GRANULE

@@ -1,0 +1,67 @@
+"""A trained denoiser on disk: the network as diffusers saves it, and ``denoiser.json`` for the preconditioning."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mucs_cli.artifacts import read_json, read_tensors, write_json, write_tensors
+from mucs_cli.diffusion.denoiser import EDMDenoiser
+from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.errors import UserError
+
+NETWORKS: dict[str, type[DiT] | type[UNet]] = {"DiT": DiT, "UNet": UNet}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""diffusers' own file name, so that ``from_pretrained`` of the network's class reads the folder."""
+
+
+def save_denoiser(folder: Path, denoiser: EDMDenoiser, weights: dict[str, Tensor]) -> list[Path]:
+    """Writes the network's configuration, ``weights`` and the preconditioning; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser.network.save_config(folder)  # type: ignore[operator]
+    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+    facts = {
+        "preconditioning": "edm",
+        "sigma_data": denoiser.sigma_data,
+        "p_mean": denoiser.p_mean,
+        "p_std": denoiser.p_std,
+    }
+    write_json(folder / "denoiser.json", facts)
+    return [folder / "config.json", folder / WEIGHTS, folder / "denoiser.json"]
+
+
+def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None = None) -> EDMDenoiser:
+    """The denoiser saved in ``folder``, in evaluation mode, on the CPU.
+
+    Args:
+        folder: what ``save_denoiser`` wrote.
+        sha256: expected hash of the weights file; None to trust it.
+        weights: another weights file for the same network (the initial weights, for example).
+    Raises:
+        UserError: a file is missing, truncated or of another kind, or the weights do not fit the configuration.
+    """
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in NETWORKS:
+        raise UserError(
+            str(folder / "config.json"), f"got a {name}; expected a network trained by mucs ({', '.join(NETWORKS)})."
+        )
+    network = NETWORKS[name].from_config(config)
+    path = weights or folder / WEIGHTS
+    load_weights(network, read_tensors(path, sha256), path)
+    facts = read_json(folder / "denoiser.json")
+    return EDMDenoiser(network.eval(), facts["sigma_data"], facts["p_mean"], facts["p_std"])
+
+
+def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies ``tensors`` into the network; names and shapes must match exactly."""
+    with torch.no_grad():
+        own = dict(network.named_parameters())
+        for name, parameter in own.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                got = "nothing" if name not in tensors else f"shape {tuple(tensors[name].shape)}"
+                raise UserError(str(path), f"got {got} for {name}; expected shape {tuple(parameter.shape)}.")
+            parameter.copy_(tensors[name])
+    surplus = sorted(set(tensors) - set(own))
+    if surplus:
+        raise UserError(str(path), f"got {surplus[0]}, which the network of config.json does not have.")

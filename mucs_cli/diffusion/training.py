@@ -1,0 +1,178 @@
+"""Training of the base model: AdamW with warm-up and decay, and a moving average of the weights.
+
+Every step is a function of (seed, step) and the state, so that a resumed run repeats an uninterrupted one to the bit.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mucs_cli.diffusion.augmentation import augment
+from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.rng import derive_seed, generator
+from mucs_cli.runtime import smaller_batch
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Hyperparameters of training; see ``config.TrainingConfig`` for their meaning."""
+
+    num_steps: int
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    decay: str = "constant"
+    ema_decay: float = 0.999
+    condition_dropout: float = 0.1
+    horizontal_flip: bool = False
+    augmentation: float = 0.0
+    seed: int = 0
+
+
+def learning_rate_at(step: int, settings: TrainingSettings) -> float:
+    """Learning rate of one update: linear warm-up, then constant, or a half cosine or a line down to zero at the last step."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.num_steps - warmup)
+    return (
+        peak
+        * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}[settings.decay]
+    )
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """Decay of one update; short at first, so that the average forgets the random initial weights."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Trainer:
+    """The state of a training run, and its update.
+
+    Args:
+        denoiser: with freshly initialised weights, on its device.
+        settings: hyperparameters.
+    """
+
+    def __init__(self, denoiser: Denoiser, settings: TrainingSettings):
+        self.denoiser = denoiser
+        self.settings = settings
+        self.parameters = dict(denoiser.network.named_parameters())
+        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.micro_batch_size = settings.micro_batch_size or settings.batch_size
+        self.losses: list[float] = []
+        """Mean loss of the batch of every step so far, before its update."""
+
+    @property
+    def step(self) -> int:
+        """Updates taken."""
+        return len(self.losses)
+
+    def update(self, image: Tensor, condition: Tensor | None) -> float:
+        """One update on a batch; returns its mean loss.
+
+        Args:
+            image: [B, C, H, W] in [-1, 1], on the model's device.
+            condition: [B] or [B, d], on the model's device, or None.
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are left as they were.
+        """
+        settings, step = self.settings, self.step
+        source = generator(settings.seed, "training", step)
+        sigma = self.denoiser.training_sigma(len(image), source).to(image)
+        noise = torch.randn(image.shape, generator=source).to(image)
+        if condition is not None:
+            drops = (torch.rand(len(image), generator=source) < settings.condition_dropout).to(image.device)
+            null = self.denoiser.network.condition_embed.null(condition)
+            condition = torch.where(drops.view(-1, *[1] * (condition.dim() - 1)), null, condition)
+        if settings.horizontal_flip:
+            flips = (torch.rand(len(image), generator=source) < 0.5).to(image.device)
+            image = torch.where(flips.view(-1, 1, 1, 1), image.flip(3), image)
+        augmentation = None
+        if settings.augmentation:
+            image, augmentation = augment(image, settings.augmentation, source)
+
+        self.denoiser.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, settings)
+        loss = self._gradient(image, noise, sigma, condition, augmentation)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss {loss} at step {step}")
+        self.optimizer.step()
+        with torch.no_grad():
+            weight = 1 - ema_decay_at(step, settings.ema_decay)
+            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), weight)
+        self.losses.append(loss)
+        return loss
+
+    def _gradient(
+        self, image: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor | None, augmentation: Tensor | None
+    ) -> float:
+        """Leaves the gradient of the batch's mean loss in the parameters; in smaller pieces after running out of memory."""
+        while True:
+            torch.manual_seed(
+                derive_seed(self.settings.seed, "dropout", self.step)
+            )  # dropout draws from the global state
+            self.optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            try:
+                for start in range(0, len(image), self.micro_batch_size):
+                    part = slice(start, start + self.micro_batch_size)
+                    loss = self.denoiser.loss(
+                        image[part],
+                        noise[part],
+                        sigma[part],
+                        None if condition is None else condition[part],
+                        None if augmentation is None else augmentation[part],
+                    ).sum() / len(image)
+                    loss.backward()
+                    total += loss.item()
+                return total
+            except RuntimeError as error:
+                self.micro_batch_size = smaller_batch(error, self.micro_batch_size, "training.micro_batch_size")
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average, which sampling, unlearning and scoring use."""
+        return self.average
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, as named tensors."""
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach()
+            tensors[f"average.{name}"] = self.average[name]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Goes on from what ``state`` returned."""
+        self.losses = tensors["losses"].tolist()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+            self.average[name].copy_(tensors[f"average.{name}"])
+            if self.losses:
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"step.{name}"].clone(),
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device).clone(),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device).clone(),
+                }
+
+
+def train(
+    trainer: Trainer,
+    batch: Callable[[int], tuple[Tensor, Tensor | None]],
+    on_step: Callable[[float], None],
+) -> None:
+    """Updates until ``num_steps`` are done; ``batch(step)`` gives the images, ``on_step(loss)`` is called after each."""
+    while trainer.step < trainer.settings.num_steps:
+        on_step(trainer.update(*batch(trainer.step)))

@@ -1,0 +1,99 @@
+"""What several stages load: the machine's settings, the data, the base model and the queries."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_manifest, write_json
+from mucs_cli.data.dataset import ImageDataset, load_dataset
+from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
+from mucs_cli.diffusion.denoiser import EDMDenoiser
+from mucs_cli.errors import UserError
+from mucs_cli.runtime import log, pick_device
+from mucs_cli.stages.context import Context
+
+
+def prepare_device(context: Context) -> torch.device:
+    """The device, with the thread count that the run's first stage used: another one sums in another order."""
+    facts = machine_facts(context.run)
+    threads = facts.get("threads")
+    if threads is None:
+        save_machine_facts(context.run, {**facts, "threads": torch.get_num_threads()})
+    elif threads != torch.get_num_threads():
+        log.info("using %d threads, as the run's first stage did (%s)", threads, context.run / "machine.json")
+        torch.set_num_threads(threads)
+    return pick_device(context.config.device)
+
+
+def machine_facts(run: Path) -> dict[str, Any]:
+    """What the run has fixed about the machine: thread count and measured block sizes."""
+    path = run / "machine.json"
+    return read_json(path) if path.exists() else {}
+
+
+def save_machine_facts(run: Path, facts: dict[str, Any]) -> None:
+    write_json(run / "machine.json", facts)
+
+
+def load_data(context: Context) -> ImageDataset:
+    return load_dataset(context.config.data, context.run, context.config.overwrite and context.command == "train")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model, on its device; its fingerprint; and the learning rate it was trained with."""
+
+    denoiser: EDMDenoiser
+    fingerprint: str
+    learning_rate: float
+    folder: Path
+
+
+def load_base_model(context: Context, data: ImageDataset, device: torch.device) -> BaseModel:
+    """The trained base model (its averaged weights).
+
+    Raises:
+        UserError: it has not been trained, a file is damaged, or it was trained on other data.
+    """
+    folder = context.folder("train")
+    manifest = require_manifest(folder, "train")
+    trained_on = manifest["inputs"]["dataset"]
+    if trained_on != data.fingerprint:
+        raise UserError(
+            "data",
+            f"got a data set with fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {trained_on[:16]}. "
+            "Restore the data, or use another run=.",
+        )
+    denoiser = load_denoiser(folder / "model", manifest["outputs"][f"model/{WEIGHTS}"]["sha256"])
+    denoiser.network.requires_grad_(False).to(device)
+    return BaseModel(denoiser, model_fingerprint(manifest), manifest["config"]["training"]["learning_rate"], folder)
+
+
+def model_fingerprint(train_manifest: dict[str, Any]) -> str:
+    """SHA-256 over the hashes of the files that make the base model."""
+    outputs = train_manifest["outputs"]
+    return fingerprint({name: entry["sha256"] for name, entry in outputs.items() if name.startswith("model/")})
+
+
+@dataclass(frozen=True)
+class Queries:
+    """image: [Q, C, H, W] in [-1, 1]; condition: [Q] labels or None; query i is row i."""
+
+    image: Tensor
+    condition: Tensor | None
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+def load_queries(context: Context) -> Queries:
+    """Raises UserError where the queries have not been sampled, or their file is damaged."""
+    folder = context.folder("sample")
+    manifest = require_manifest(folder, "sample")
+    sha256 = manifest["outputs"]["samples.safetensors"]["sha256"]
+    tensors = read_tensors(folder / "samples.safetensors", sha256)
+    return Queries(tensors["image"], tensors.get("condition"), sha256)
