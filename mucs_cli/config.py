@@ -1,7 +1,7 @@
 """Configuration schemas: every key with its type, default, meaning and range, and the checks across keys.
 
-The dataclasses are Hydra structured configs (registered in ``cli.py``); help texts and validation come from the same field
-metadata. Nothing here imports torch, so that help and completion answer at once.
+The dataclasses are Hydra structured configs (registered in ``composition.py``); help texts and validation come from the
+same field metadata. Nothing here imports torch, so that help and completion answer at once.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,9 @@ class ImageFolderConfig(DataConfig):
     image_size: int | None = option(
         None, "side in pixels after resizing and centre crop; null: as they are, all of one size", minimum=2
     )
-    color: str = option("auto", "rgb, grayscale, or auto: grayscale if every file is", choices=("auto", "rgb", "grayscale"))
+    color: str = option(
+        "auto", "rgb, grayscale, or auto: grayscale if every file is", choices=("auto", "rgb", "grayscale")
+    )
     verify: bool = option(False, "hash every file again instead of trusting size and time", affects_result=False)
 
 
@@ -111,9 +113,7 @@ class UNetConfig(ModelConfig):
 class DiffusionConfig:
     name: str = option("edm", "preconditioning", choices=("edm",))
     sigma_data: str = option("0.5", "standard deviation of the pixels, or auto: measured on the training images")
-    p_mean: float = option(
-        -1.2, "mean of ln sigma in training; shifted by ln(sigma_data/0.5) when sigma_data=auto"
-    )
+    p_mean: float = option(-1.2, "mean of ln sigma in training; shifted by ln(sigma_data/0.5) when sigma_data=auto")
     p_std: float = option(1.2, "standard deviation of ln sigma in training", above=0)
 
 
@@ -128,8 +128,12 @@ class TrainingConfig:
     weight_decay: float = option(0.01, "AdamW weight decay", minimum=0)
     warmup_steps: int = option(0, "updates of linear warm-up", minimum=0)
     decay: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
-    ema_decay: float = option(0.999, "decay an update of the weights' moving average, which is what is used", minimum=0, below=1)
-    condition_dropout: float = option(0.1, "probability of training an image without its condition", minimum=0, maximum=1)
+    ema_decay: float = option(
+        0.999, "decay an update of the weights' moving average, which is what is used", minimum=0, below=1
+    )
+    condition_dropout: float = option(
+        0.1, "probability of training an image without its condition", minimum=0, maximum=1
+    )
     horizontal_flip: bool = option(False, "mirror images at random")
     augmentation: float = option(0.0, "probability of each EDM augmentation (non-leaking)", minimum=0, maximum=1)
     checkpoint_every_seconds: float = option(60.0, "time between resumable checkpoints", above=0, affects_result=False)
@@ -158,7 +162,7 @@ class NoiseBankConfig:
     num_draws: int = option(100, "draws (sigma, noise) an image", minimum=1)
     grid: str = option(
         "truncated",
-        "truncated: the release's first n of floor(n/0.7) levels; exact: levels at linspace(0, 0.7, n); full: linspace(0, 1, n)",
+        "truncated: the release's first n of floor(n/0.7) levels; exact: linspace(0, 0.7, n); full: linspace(0, 1, n)",
         choices=("truncated", "exact", "full"),
     )
     sigma_min: float = option(0.002, "lowest level of the untruncated grid", above=0)
@@ -180,10 +184,16 @@ class UnlearningConfig:
     null_loss: str = option(
         "auto", "the bound: closed_form, monte_carlo, a number, or auto (closed form where it holds)"
     )
-    tolerance: float = option(0.95, "stop when the clamped forget loss reaches this share of the bound", above=0, maximum=1)
+    tolerance: float = option(
+        0.95, "stop when the clamped forget loss reaches this share of the bound", above=0, maximum=1
+    )
     max_steps: int = option(1000, "cap on updates; reaching it is reported", minimum=1)
-    num_steps: int | None = option(None, "exactly this many updates, without the stop rule; null: stop by the rule", minimum=0)
-    trainable: str = option("auto", "auto: mlp for a DiT, all_but_bias for a U-Net; or mlp, all_but_bias, attention, all, patterns")
+    num_steps: int | None = option(
+        None, "exactly this many updates, without the stop rule; null: stop by the rule", minimum=0
+    )
+    trainable: str = option(
+        "auto", "auto: mlp for a DiT, all_but_bias for a U-Net; or mlp, all_but_bias, attention, all, patterns"
+    )
     patterns: list[str] = option([], "trainable=patterns: shell patterns of parameter names")
     seed: int = option(II("seed"), "seed of each query's batches and noise")
 
@@ -202,7 +212,9 @@ class ScoreConfig:
         minimum=16,
         affects_result=False,
     )
-    memory_budget: float = option(4.0, "GiB for unlearned weights that share a pass over the data", above=0, affects_result=False)
+    memory_budget: float = option(
+        4.0, "GiB for unlearned weights that share a pass over the data", above=0, affects_result=False
+    )
 
 
 @dataclass
@@ -323,11 +335,15 @@ def validate(config: Mapping[str, Any] | DictConfig, root: type) -> Any:
     Raises:
         UserError: naming the key, what it got and what was expected.
     """
-    container = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    assert isinstance(container, dict)
+    try:
+        container: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[arg-type,assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(
+            str(error.full_key or "config"), f"cannot be resolved: {str(error).splitlines()[0]}. Correct the reference."
+        ) from error
     arguments: dict[str, Any] = {}
     known = {f.name: f for f in fields(root)}
-    for key, value in container.items():
+    for key in container:
         if key not in known:
             raise UserError(str(key), f"no such key.{did_you_mean(str(key), known)}")
     scalars = {key: value for key, value in container.items() if not is_section(known[str(key)])}
@@ -392,8 +408,13 @@ def type_name(entry: Field[Any]) -> str:
     if entry.type in (int, float, bool, str):
         return {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}[text]
     plain = str(entry.type)
-    for name, said in (("list[int]", "a list of integers"), ("list[str]", "a list of strings"), ("int", "an integer"),
-                       ("float", "a number"), ("str", "a string")):
+    for name, said in (
+        ("list[int]", "a list of integers"),
+        ("list[str]", "a list of strings"),
+        ("int", "an integer"),
+        ("float", "a number"),
+        ("str", "a string"),
+    ):
         if name in plain:
             return said + (" or null" if "None" in plain else "")
     return plain
@@ -407,10 +428,8 @@ def check_ranges(section: Any, prefix: str) -> None:
             continue
         subject = f"{prefix}{entry.name}"
         if limits["choices"] and value not in limits["choices"]:
-            raise UserError(
-                subject,
-                f"got {value!r}; expected one of {', '.join(limits['choices'])}.{did_you_mean(str(value), limits['choices'])}",
-            )
+            near = did_you_mean(str(value), limits["choices"])
+            raise UserError(subject, f"got {value!r}; expected one of {', '.join(limits['choices'])}.{near}")
         for name, said, holds in (
             ("minimum", "at least", lambda v, b: v >= b),
             ("above", "more than", lambda v, b: v > b),
@@ -433,7 +452,8 @@ def check_across(config: Any) -> None:
         section = getattr(config, name)
         if section.sigma_min >= section.sigma_max:
             raise UserError(
-                f"{name}.sigma_min", f"got {section.sigma_min}; expected less than {name}.sigma_max={section.sigma_max}."
+                f"{name}.sigma_min",
+                f"got {section.sigma_min}; expected less than {name}.sigma_max={section.sigma_max}.",
             )
     trainable = ("auto", "mlp", "all_but_bias", "attention", "all", "patterns")
     if config.unlearning.trainable not in trainable:

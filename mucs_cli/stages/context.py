@@ -1,0 +1,342 @@
+"""The configuration a command works with: what the run was made with, plus what was typed on this command line.
+
+``<run>/run.json`` keeps the composed configuration of the command that made the run, interpolations unresolved. A
+later command starts from it, takes the sections that a finished stage decided from that stage's manifest, and applies
+only the overrides typed now: the composed defaults never leak into an existing run.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mucs_cli.composition import compose
+from mucs_cli.config import (
+    COMMANDS,
+    VARIANT_SECTIONS,
+    PipelineConfig,
+    result_config,
+    validate,
+)
+from mucs_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+    from mucs_cli.artifacts import Stage
+
+PER_COMMAND = ("run", "device", "overwrite", "stages")
+"""Keys that belong to one command line, not to the run."""
+
+MAX_VARIANT_NAME = 100
+
+
+@dataclass(frozen=True)
+class Context:
+    """One command on one run.
+
+    Args:
+        command: the command; within ``mucs run``, the stage.
+        config: the checked configuration, an instance of the command's schema.
+        run: the run's folder, absolute.
+        base: the run's own values of the sections that name variants: {section: {key: value}}.
+        record: what run.json is to hold once a stage begins: the run's own configuration, with the sections that this
+            command decides as they are now; empty for commands that only read.
+    """
+
+    command: str
+    config: Any
+    run: Path
+    base: dict[str, dict[str, Any]] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, command: str, cfg: DictConfig, overrides: list[str], cwd: Path) -> "Context":
+        """Resolves the configuration of one command line.
+
+        Args:
+            command: a key of ``COMMANDS``.
+            cfg: as Hydra composed it.
+            overrides: those typed on this command line, as text.
+            cwd: the folder where it was typed; relative paths start there.
+
+        Raises:
+            UserError: a value that cannot be; no such run; a value that a finished stage contradicts.
+        """
+        schema = COMMANDS[command].schema
+        run = absolute(run_value(cfg), cwd)
+        if not issubclass(schema, PipelineConfig):
+            return cls(command, validate(cfg, schema), run)
+        composed = as_values(cfg, cwd)
+        stages = composed["stages"] if command == "run" else [command]
+        path = run / "run.json"
+        if path.exists():
+            record = read_record(path)
+        elif command in ("train", "run"):
+            record = {"experiment": chosen_experiment(), "config": base_values(command, composed, overrides, cwd)}
+        else:
+            raise UserError(
+                str(path), f"not found; expected a run that `mucs train` made. Run it first: mucs train run={run}"
+            )
+
+        values = from_record(record, composed)
+        finished = finished_sections(run, stages)
+        for section, (_, decided) in finished.items():
+            same_kind = values[section].get("name") == decided.get("name")
+            values[section] = (values[section] if same_kind else {}) | decided
+        for key in typed_keys(overrides, composed, finished):
+            set_value(values, key, get_value(composed, key))
+        config = validate(OmegaConf.create(values), schema)
+        for section, (stage, decided) in finished.items():
+            check_against(decided, section, config, stage, run)
+
+        base = validate(OmegaConf.create(from_record(record, composed)), schema)
+        owned = [section for stage in stages for section in COMMANDS[stage].owns]
+        if "train" in stages:
+            owned.append("seed")
+        check_writable(run)
+        return cls(
+            command=command,
+            config=config,
+            run=run,
+            base={section: result_config(getattr(base, section)) for section in VARIANT_SECTIONS},
+            record=record | {"config": record["config"] | {key: values[key] for key in owned}},
+        )
+
+    def for_stage(self, stage: str) -> "Context":
+        """The same configuration, for one of the stages of ``mucs run``."""
+        return replace(self, command=stage)
+
+    def folder(self, *parts: str) -> Path:
+        """A folder or file of the run."""
+        return self.run.joinpath(*parts)
+
+    def variant(self, *sections: str) -> str:
+        """The method's name and each value of ``sections`` that differs from the run's: ``mucs__forget_weight-0.5``.
+
+        Args:
+            sections: of ``VARIANT_SECTIONS``: those that decide what is being named.
+        """
+        return variant_name(
+            self.config.method.name,
+            {section: result_config(getattr(self.config, section)) for section in sections},
+            self.base,
+        )
+
+    def stage(
+        self,
+        folder: Path,
+        command: str,
+        sections: tuple[str, ...] = (),
+        inputs: Mapping[str, Any] | None = None,
+        extra_config: Mapping[str, Any] | None = None,
+    ) -> "Stage":
+        """The stage that fills ``folder``; where it is about to begin, run.json is written first.
+
+        Args:
+            folder: where its files go.
+            command: the command that fills it.
+            sections: whose result-affecting values are part of its identity.
+            inputs: fingerprints of what it reads.
+            extra_config: more of its identity, dotted like the configuration.
+
+        Raises:
+            UserError: the folder holds another result and ``overwrite`` is false, or run.json cannot be written.
+        """
+        from mucs_cli.artifacts import Stage  # torch takes seconds to import; `mucs status` does without
+
+        config = {section: result_config(getattr(self.config, section)) for section in sections}
+        identity = {"config": config | dict(extra_config or {}), "inputs": dict(inputs or {})}
+        stage = Stage(folder, command, identity, self.config.overwrite)
+        if not stage.is_done():
+            self.write_record()
+        return stage
+
+    def write_record(self) -> None:
+        """Writes run.json where it is missing or says something else of the sections this command decides."""
+        from mucs_cli.artifacts import FORMAT_VERSION, write_json
+
+        record = {"format_version": FORMAT_VERSION, **self.record}
+        path = self.run / "run.json"
+        if self.record and (not path.exists() or read_record(path) != record):
+            write_json(path, record)
+
+
+# --- values of a configuration: nested plain dicts, interpolations unresolved ----------------------------------------
+
+
+def run_value(cfg: DictConfig) -> str:
+    if OmegaConf.is_missing(cfg, "run"):
+        raise UserError("run", "is not set; expected the run's folder. Add run=outputs/NAME to the command.")
+    return str(cfg.run)
+
+
+def absolute(path: str, cwd: Path) -> Path:
+    return Path(os.path.abspath(cwd / Path(path).expanduser()))
+
+
+def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:
+    """Plain values, with the paths of the sections made absolute: a later command may be typed in another folder."""
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    path = OmegaConf.select(cfg, "data.path", throw_on_missing=False)
+    if path is not None:
+        values["data"]["path"] = str(absolute(str(path), cwd))
+    return values
+
+
+def get_value(values: Mapping[str, Any], key: str) -> Any:
+    return reduce(lambda node, part: node[part], key.split("."), values)
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    reduce(lambda node, part: node[part], parents, values)[leaf] = value
+
+
+def parse(overrides: list[str]) -> "list[Override]":
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return [o for o in OverridesParser.create().parse_overrides(overrides) if not o.is_hydra_override()]
+
+
+def typed_keys(overrides: list[str], composed: Mapping[str, Any], finished: Iterable[str]) -> Iterator[str]:
+    """The keys whose composed values were typed: a section for ``model=unet``, a leaf for ``model.width=64``.
+
+    A group that is no section (``experiment=digits``, or one of the user's own) may set anything, so everything counts
+    but what a finished stage decided.
+    """
+    for override in parse(overrides):
+        key, value = override.key_or_group, override.value()
+        if key in PER_COMMAND:
+            continue
+        if "." not in key and key not in composed:
+            yield from (k for k in composed if k not in PER_COMMAND and k not in finished)
+        elif isinstance(value, dict):
+            yield from (f"{key}.{leaf}" for leaf in value)
+        else:
+            yield key
+
+
+def base_values(command: str, composed: dict[str, Any], overrides: list[str], cwd: Path) -> dict[str, Any]:
+    """The run's own configuration, for run.json: as composed, but without the typed values that only name a variant."""
+    kept = [
+        str(override.input_line)
+        for override in parse(overrides)
+        if "." not in override.key_or_group or override.key_or_group.split(".")[0] not in VARIANT_SECTIONS
+    ]
+    source = composed if len(kept) == len(parse(overrides)) else as_values(compose(command, kept), cwd)
+    values = composed | {section: source[section] for section in VARIANT_SECTIONS}
+    return {key: value for key, value in values.items() if key not in PER_COMMAND}
+
+
+def from_record(record: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an existing run, with this command line's own keys; a copy."""
+    own = {key: composed[key] for key in PER_COMMAND if key in composed}
+    return copy.deepcopy({**composed, **record["config"], **own})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """run.json of an existing run."""
+    from mucs_cli.artifacts import FORMAT_VERSION, read_json
+
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise UserError(str(path), "got no configuration; expected the file that `mucs train` wrote. Use another run=.")
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(
+            str(path), f"got file format {record['format_version']}; expected at most {FORMAT_VERSION}. Update mucs."
+        )
+    return record
+
+
+def chosen_experiment() -> str | None:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+
+
+# --- finished stages -------------------------------------------------------------------------------------------------
+
+
+def finished_sections(run: Path, stages: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Section -> the finished stage, other than ``stages``, that decided it, and the values its manifest records."""
+    from mucs_cli.artifacts import read_json
+
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for stage, command in COMMANDS.items():
+        path = run / stage / "manifest.json"
+        if command.owns and stage not in stages and path.exists():
+            config = read_json(path).get("config", {})
+            found |= {section: (stage, config[section]) for section in command.owns if section in config}
+    return found
+
+
+def check_against(decided: Mapping[str, Any], section: str, config: Any, stage: str, run: Path) -> None:
+    """Refuses a typed value that the finished stage which decided the section contradicts."""
+    for key, value in result_config(getattr(config, section)).items():
+        if key in decided and decided[key] != value:
+            text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            override = f"{section}={text}" if key == "name" else f"{section}.{key}={text}"
+            raise UserError(
+                f"{section}.{key}",
+                f"got {value!r}; {run / stage / 'manifest.json'} has {decided[key]!r}. Use another run=, or redo that "
+                f"stage: mucs {stage} run={run} {override} overwrite=true",
+            )
+
+
+def check_writable(run: Path) -> None:
+    """Refuses a run folder that cannot be made or written, before anything is computed."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "run", f"got {run}, which cannot be created ({error.strerror}). Choose another run=."
+        ) from error
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise UserError("run", f"got {run}, which is not writable. Choose another run=, or change its permissions.")
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def variant_name(method: str, values: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]]) -> str:
+    """``<method>__<key>-<value>__...``: what differs from the run's own values, sorted by key; a valid file name.
+
+    A key that two of the variant sections share is written with its section (``noise_bank.seed``); a name of more than
+    100 characters is cut and ends in a hash.
+    """
+    shared = [key for section in VARIANT_SECTIONS for key in base.get(section, {})]
+    parts = []
+    for section, keys in values.items():
+        for key, value in keys.items():
+            if (section, key) != ("method", "name") and value != base[section][key]:
+                parts.append(f"{section}.{key}-{spell(value)}" if shared.count(key) > 1 else f"{key}-{spell(value)}")
+    name = "__".join([method, *sorted(parts)])
+    if len(name) > MAX_VARIANT_NAME:
+        name = f"{name[: MAX_VARIANT_NAME - 12]}__{short_hash(name)}"
+    return name
+
+
+def spell(value: Any) -> str:
+    """A value as it can stand in a file name and in an override; what had to be replaced is told apart by a hash."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, list):
+        return "+".join(map(spell, value)) or "none"
+    text = str(value)
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", text)
+    return safe if safe == text else f"{safe}.{short_hash(text)}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
