@@ -56,7 +56,7 @@ class QueryView:
 
     query: int
     picture: Thumbnail
-    facts: list[tuple[str, str]]
+    facts: Sequence[tuple[str, str]]
     num_copies: int
     rows: list[Row]
 
@@ -224,4 +224,4 @@ def training_curve(path: Path) -> Markup | None:
             str(path), f"cannot be read ({error!r}); expected columns step and loss. Rerun mucs train."
         ) from error
     points = [(step, loss) for step, loss in points if loss > 0]
-    return loss_curve(*zip(*points, strict=True)) if len(points) > 1 else None
+    return loss_curve([step for step, _ in points], [loss for _, loss in points]) if len(points) > 1 else None

@@ -1,4 +1,4 @@
-"""Plots as SVG text: the score distribution of a query, and the training loss. Sizes are in SVG units, fonts the page's."""
+"""Plots as SVG text: the score distribution of a query, and the training loss. Lengths are in SVG units."""
 
 import math
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def histogram(scores: NDArray[np.float32], marked: Sequence[float], width: int =
         )
     ]
     for count in sorted({1, *[v for v in (10, 100, 1000, 10_000, 100_000) if v < tallest * 0.7], tallest}):
-        if count in (1, tallest) or 14 < y(count) - y(tallest):
+        if count in (1, tallest) or y(count) - y(tallest) > 14:
             parts.append(horizontal_rule(y(count), width, f"{count:,}"))
     for count, marks, left, right in zip(counts, top_counts, edges[:-1], edges[1:], strict=True):
         for value, kind in ((count, "bar"), (min(marks, count), "bar-top")):
@@ -107,7 +107,8 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float], width: int = 110
         opening(
             width,
             height,
-            f"Training loss over {int(all_steps[-1]):,} steps, from {all_losses[0]:.3g} to a running mean of {mean[-1]:.3g}.",
+            f"Training loss over {int(all_steps[-1]):,} steps, "
+            f"from {all_losses[0]:.3g} to a running mean of {mean[-1]:.3g}.",
         )
     ]
     for value in log_ticks(10**low, 10**high):
@@ -125,7 +126,7 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float], width: int = 110
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values between ``low`` and ``high``: 1, 2 and 5 times powers of ten, or powers of ten alone over wide ranges."""
+    """Round values between ``low`` and ``high``: 1, 2 and 5 times powers of ten, only powers over wide ranges."""
     digits = (1, 2, 5) if high / low < 1000 else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [digit * 10.0**exponent for exponent in exponents for digit in digits]

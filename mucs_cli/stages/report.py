@@ -1,7 +1,7 @@
 """``mucs report``: everything a run found, on one page that needs no network."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mucs_cli.artifacts import Stage, fingerprint, first_difference, read_json, sha256_file, write_atomic, write_text
 from mucs_cli.config import PipelineConfig, result_config
@@ -9,15 +9,13 @@ from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
 from mucs_cli.reporting.facts import stage_manifests
 from mucs_cli.reporting.page import render_report, template_text
-from mucs_cli.reporting.pictures import png, top_picture
+from mucs_cli.reporting.pictures import top_picture
 from mucs_cli.reporting.results import RunResults
 from mucs_cli.runtime import log
-
-if TYPE_CHECKING:
-    from mucs_cli.stages.context import Context
+from mucs_cli.stages.context import Context
 
 
-def run(context: "Context") -> None:
+def run(context: Context) -> None:
     """Writes ``report/index.html`` and ``report/top.png``, unless they already show what the run holds now.
 
     Raises:
@@ -37,17 +35,17 @@ def run(context: "Context") -> None:
         log.warning("report: score/%s is not finished; left out", name)
     k, exclude_exact = config.report.k, config.report.exclude_exact
     page = render_report(results, k, exclude_exact)
-    picture = png(top_picture(results, results.variants[0], k, exclude_exact))
+    picture = top_picture(results, results.variants[0], k, exclude_exact)
     stage = Stage(folder, "report", identity)
     stage.begin()
     write_text(folder / "index.html", page)
-    write_atomic(folder / "top.png", lambda temporary: temporary.write_bytes(picture))
+    write_atomic(folder / "top.png", lambda temporary: picture.save(temporary, "PNG", optimize=True))
     stage.finish({"variants": results.variant_names}, [folder / "index.html", folder / "top.png"])
     log.info("report: %s and %s", folder / "index.html", folder / "top.png")
 
 
 def inputs(results: RunResults) -> dict[str, Any]:
-    """What decides the page: the manifests it shows, which hold the hashes of the tensors, and the page's own sources."""
+    """What decides the page: the manifests it shows, which hold the tensors' hashes, and the page's own sources."""
     manifests = stage_manifests(results)
     return {
         "data": fingerprint(results.data),
@@ -58,7 +56,7 @@ def inputs(results: RunResults) -> dict[str, Any]:
 
 
 def is_current(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very report, intact. A report is derived from the run: another one is just rewritten."""
+    """Whether the folder holds this very report, intact."""
     try:
         manifest = read_json(folder / "manifest.json")
     except UserError:

@@ -2,17 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mucs_cli.config import ShowConfig
 from mucs_cli.reporting.results import RunResults, Variant
 from mucs_cli.reporting.terminal import print_csv, print_json, print_summary, print_tables
-
-if TYPE_CHECKING:
-    from mucs_cli.stages.context import Context
+from mucs_cli.stages.context import Context
 
 
-def run(context: "Context") -> None:
+def run(context: Context) -> None:
     """Prints the rankings that the configuration asks for, and nothing else on stdout."""
     config = context.config
     assert isinstance(config, ShowConfig)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tests.reporting.runs import RunBuilder
+from reporting_runs import RunBuilder
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from reporting_runs import RunBuilder
 
 from mucs_cli.artifacts import write_tensors
 from mucs_cli.errors import UserError
 from mucs_cli.reporting.comparison import overlap, spearman
 from mucs_cli.reporting.results import RunResults, variant_order
-from tests.reporting.runs import RunBuilder
 
 
 def test_ranking_is_the_order_of_the_scores(finished: RunBuilder) -> None:
@@ -99,7 +99,7 @@ def test_folders_with_an_underscore_and_unfinished_ones_are_no_variants(finished
 
 def test_a_run_without_scores_or_without_a_folder_is_refused(make_run: Callable[..., RunBuilder]) -> None:
     run = make_run()
-    with pytest.raises(UserError, match="run: got .*run; expected the folder of a finished run"):
+    with pytest.raises(UserError, match=r"run: got .*run; expected the folder of a finished run"):
         RunResults(run.run)
     run.data()
     run.sample()
@@ -112,7 +112,7 @@ def test_scores_of_other_queries_are_refused(finished: RunBuilder) -> None:
     for name in ("manifest.json", "samples.safetensors"):
         (finished.run / "sample" / name).unlink()
     finished.sample()
-    with pytest.raises(UserError, match="scores the queries .*; this run has .* Rerun mucs score"):
+    with pytest.raises(UserError, match=r"scores the queries .*; this run has .* Rerun mucs score"):
         RunResults(finished.run).variant("mucs")
 
 

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from reporting_runs import RunBuilder, show_run
 
 from mucs_cli.errors import UserError
 from mucs_cli.stages.show import print_top
-from tests.reporting.runs import RunBuilder, show_run
 
 
 def top_ids(run: RunBuilder, query: int, k: int) -> list[int]:
@@ -86,7 +86,7 @@ def test_it_needs_no_decoded_images(finished: RunBuilder, capsys: pytest.Capture
 
 
 def test_too_large_k_names_the_key(finished: RunBuilder) -> None:
-    with pytest.raises(UserError, match="^k: got 61; expected at most 60"):
+    with pytest.raises(UserError, match=r"^k: got 61; expected at most 60"):
         show_run(finished.run, k=61)
 
 

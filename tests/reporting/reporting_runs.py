@@ -1,10 +1,9 @@
-"""A finished run as the stages leave it: real digits, scores that are a pixel similarity, so that ranks mean something."""
+"""A finished run as the stages leave it: real digits, and scores that are a pixel similarity."""
 
 import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from sklearn.datasets import load_digits
 from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors, write_text
 from mucs_cli.config import DigitsConfig, PipelineConfig, ReportConfig, ShowConfig
 from mucs_cli.stages import report, show
+from mucs_cli.stages.context import Context
 
 LEVELS = 16
 METADATA = "label"
@@ -22,8 +22,8 @@ METADATA = "label"
 class RunBuilder:
     """Writes a run's folders.
 
-    Query q is a noisy version of digit ``100 + q``, but for the last one, which is digit 3 itself, an exact copy. A score is
-    minus the mean squared difference to the query, shifted so that some are negative.
+    Query q is a noisy version of digit ``100 + q``, but for the last one, which is digit 3 itself, an exact copy.
+    A score falls with the mean squared difference to the query; some are negative.
     """
 
     def __init__(self, run: Path, num_images: int = 60, num_queries: int = 3):
@@ -149,24 +149,13 @@ class RunBuilder:
         return self
 
 
-@dataclass
-class RunContext:
-    """What the stages here use of a command's context."""
-
-    config: Any
-    run: Path
-
-    def folder(self, *parts: str) -> Path:
-        return self.run.joinpath(*parts)
-
-
 def make_report(run: Path, **settings: Any) -> Path:
     """``mucs report report.<key>=<value>``; returns the page's path."""
     config = PipelineConfig(run=str(run), data=DigitsConfig(), report=ReportConfig(**settings))
-    report.run(RunContext(config, run))
+    report.run(Context("report", config, run))
     return run / "report" / "index.html"
 
 
 def show_run(run: Path, **settings: Any) -> None:
     """``mucs show <key>=<value>``."""
-    show.run(RunContext(ShowConfig(run=str(run), **settings), run))
+    show.run(Context("show", ShowConfig(run=str(run), **settings), run))

@@ -1,0 +1,219 @@
+"""``mucs report``: what stands on the page and in the picture, and when they are written again."""
+
+import base64
+import hashlib
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from reporting_runs import RunBuilder, make_report
+
+from mucs_cli.artifacts import read_json, require_manifest
+from mucs_cli.errors import UserError
+from mucs_cli.reporting.pictures import BLUE, HEADER, MARGIN, ROW, TILE
+from mucs_cli.stages import report
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text by element."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def picture_of(image: dict[str, str | None]) -> np.ndarray:
+    uri = image["src"]
+    assert uri is not None and uri.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def test_each_query_stands_before_its_top_images_in_order(finished: RunBuilder) -> None:
+    page = Page(make_report(finished.run, k=4))
+    expected = []
+    for query in range(3):
+        expected.append(f"Generated image, query {query}")
+        order = np.argsort(-finished.score[query], kind="stable")[:4]
+        expected += [f"Training image {i}, rank {rank}" for rank, i in enumerate(order, 1)]
+    assert [image["alt"] for image in page.all("img")] == expected
+
+
+def test_the_pictures_are_the_images_that_their_captions_name(finished: RunBuilder) -> None:
+    page = Page(make_report(finished.run, k=4))
+    for image in page.all("img"):
+        found = re.fullmatch(r"Training image (\d+), rank \d+", image["alt"] or "")
+        if found:
+            expected = np.rint(finished.raw[int(found[1]), 0] * (255 / 16))
+            assert np.abs(picture_of(image).astype(float) - expected).max() <= 1
+            assert (image["width"], image["height"], image["class"]) == ("8", "8", "pixelated")
+
+
+def test_scores_labels_files_and_run_facts_are_on_the_page(finished: RunBuilder) -> None:
+    text = Page(make_report(finished.run, k=4)).text
+    best = int(finished.score[0].argmax())
+    assert f"1 {finished.score[0, best]:+.4f} id {best} label {finished.label[best]} digits[{best}]" in text
+    for fact in (
+        "UCI Machine Learning Repository",
+        "CC BY 4.0",
+        "arXiv 2605.17938",
+        "bound 1.0078 (closed form)",
+        "training.learning_rate 0.001",
+        "noise_bank.num_draws 100",
+        str(read_json(finished.run / "data" / "manifest.json")["fingerprint"]),
+        str(require_manifest(finished.run / "score" / "mucs", "score")["outputs"]["scores.safetensors"]["sha256"]),
+        "torch",
+        "How to read it",
+        "no proof that anything was copied",
+        "32 unlearning steps, bound reached",
+    ):
+        assert fact in text, fact
+
+
+def test_the_histograms_bars_count_every_score_and_mark_the_top(finished: RunBuilder) -> None:
+    page = Page(make_report(finished.run, k=4))
+    plots = [svg["aria-label"] or "" for svg in page.all("svg")]
+    fourth = np.sort(finished.score[0])[-4]
+    assert plots[0].startswith("Histogram of 60 scores from ")
+    assert plots[0].endswith(f"the top 4 begin at {fourth:+.4f}.")
+    assert [path.get("class") for path in page.all("path")].count("mark") == 3 * 4
+    assert len(plots) == 3 + 1
+    assert plots[-1].startswith("Training loss over 3,000 steps")
+
+
+def test_hostile_names_and_labels_are_text_only(finished: RunBuilder) -> None:
+    hostile = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+    finished.files = [f"{hostile}{i}" for i in range(60)]
+    for name in ("manifest.json", "index.csv"):
+        (finished.run / "data" / name).unlink()
+    finished.data(label=["</style><b onclick=alert(3)>&amp;"] * 60)
+    page = Page(make_report(finished.run, k=3))
+    assert f"{hostile}{int(finished.score[0].argmax())}" in page.text
+    assert "label </style><b onclick=alert(3)>&amp;" in page.text
+    assert not page.all("script") and not page.all("b")[0].keys()
+    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_the_page_loads_nothing_and_its_policy_names_its_own_style(finished: RunBuilder) -> None:
+    page = Page(make_report(finished.run, k=3))
+    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    style = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
+    assert len(style) == 1
+    digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    assert not [a for _, a in page.elements if "style" in a]
+    assert not page.all("link") and not page.all("script")
+    assert all((a["href"] or "").startswith("#") for a in page.all("a"))
+
+
+def test_every_link_has_its_target_and_no_id_is_used_twice(finished: RunBuilder) -> None:
+    page = Page(make_report(finished.run, k=3))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {(a["href"] or "")[1:] for a in page.all("a")} <= set(ids)
+    assert {a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a} <= set(ids)
+
+
+def test_exact_copies_are_marked_or_left_out(finished: RunBuilder) -> None:
+    marked = Page(make_report(finished.run, k=3))
+    assert [a.get("class") for a in marked.all("li")].count("copy") == 1
+    assert "id 3 label 3 exact copy" in marked.text
+    without = Page(make_report(finished.run, k=3, exclude_exact=True))
+    assert "copy" not in [a.get("class") for a in without.all("li")]
+    assert "Training image 3, rank 1" not in [image["alt"] for image in without.all("img")]
+    assert "exact copies in the training data 1" in without.text
+
+
+def test_k_larger_than_the_images_scored_names_the_key(finished: RunBuilder) -> None:
+    with pytest.raises(UserError, match=r"^report\.k: got 61; expected at most 60"):
+        make_report(finished.run, k=61)
+    assert not (finished.run / "report").exists()
+
+
+def test_it_is_written_again_only_when_its_inputs_change(finished: RunBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(report.log, "info", lambda message, *arguments: said.append(message % arguments))
+    path = make_report(finished.run, k=3)
+    before = path.read_bytes(), (path.parent / "top.png").read_bytes(), (path.parent / "manifest.json").read_bytes()
+    make_report(finished.run, k=3)
+    assert said[-1].startswith("report: up to date")
+    assert before[2] == (path.parent / "manifest.json").read_bytes()
+    finished.variant("mucs__forget_weight-0.5", finished.score * 2, forget_weight=0.5)
+    make_report(finished.run, k=3)
+    assert not said[-1].startswith("report: up to date")
+    assert "mucs__forget_weight-0.5" in Page(path).text
+    assert read_json(path.parent / "manifest.json")["variants"] == ["mucs", "mucs__forget_weight-0.5"]
+    assert len(said) == 3
+
+
+def test_a_damaged_report_is_written_again(finished: RunBuilder) -> None:
+    path = make_report(finished.run, k=3)
+    page, picture = path.read_bytes(), (path.parent / "top.png").read_bytes()
+    path.write_text("half a page")
+    (path.parent / "top.png").unlink()
+    make_report(finished.run, k=3)
+    assert (path.read_bytes(), (path.parent / "top.png").read_bytes()) == (page, picture)
+
+
+def test_variants_stand_side_by_side_with_what_differs(finished: RunBuilder) -> None:
+    reversed_scores = finished.score.copy()
+    reversed_scores[:] = -reversed_scores
+    finished.variant("mucs__forget_weight-0.5", reversed_scores, forget_weight=0.5, unreached=[1])
+    text = Page(make_report(finished.run, k=3)).text
+    assert "mucs 0.2 31 (30 to 32) 3 of 3" in text
+    row = text.split("mucs__forget_weight-0.5 0.5 32 (30 to 1000) 2 of 3")[1]
+    assert row.split("Generated images")[0].split()[-4:] == ["0.0", "of", "3", "-1.000"]
+    assert "1,000 unlearning steps did not reach the bound" in text
+    assert [a.get("class") for a in Page(finished.run / "report" / "index.html").all("section")].count("answer") == 6
+
+
+def test_an_unfinished_variant_is_left_out_and_named(finished: RunBuilder) -> None:
+    (finished.run / "score" / "half").mkdir()
+    assert "their scoring has not finished: half." in Page(make_report(finished.run, k=3)).text
+
+
+def test_images_are_enough_without_training_or_unlearning_records(finished: RunBuilder) -> None:
+    for folder in ("train", "unlearn/mucs"):
+        (finished.run / folder / "manifest.json").unlink()
+    (finished.run / "train" / "metrics.csv").unlink()
+    page = Page(make_report(finished.run, k=3))
+    assert "no record of unlearning in this run" in page.text
+    assert "Training of the base model" not in page.text
+
+
+def test_the_picture_shows_each_query_beside_its_first_image(finished: RunBuilder) -> None:
+    make_report(finished.run, k=3)
+    picture = np.asarray(Image.open(finished.run / "report" / "top.png").convert("RGB"))
+    top = HEADER + 2 * ROW  # query 2 and its exact copy look the same
+    query = picture[top : top + TILE, MARGIN : MARGIN + TILE]
+    assert query.std() > 50
+    columns = [
+        x
+        for x in range(MARGIN + TILE, picture.shape[1] - TILE)
+        if np.array_equal(picture[top : top + TILE, x : x + TILE], query)
+    ]
+    assert len(columns) == 1
+    assert tuple(picture[top - 4, MARGIN]) == tuple(int(BLUE[i : i + 2], 16) for i in (1, 3, 5))
