@@ -42,8 +42,8 @@ def histogram(scores: NDArray[np.float32], marked: Sequence[float], width: int =
     low, high = float(scores.min()), float(scores.max())
     pad = (high - low) * 0.02 or 1e-6
     low, high = low - pad, high + pad
-    counts, edges = np.histogram(scores, NUM_BINS, (low, high))
-    top_counts = np.histogram(np.asarray(marked, np.float32), edges)[0]
+    counts, edges = np.histogram(scores.astype(np.float64), NUM_BINS, (low, high))
+    top_counts = np.histogram(np.asarray(marked, np.float64), edges)[0]
     tallest = int(counts.max())
 
     def x(value: float) -> float:

@@ -57,11 +57,13 @@ def print_summary(rankings: Rankings, heading: str, stream: TextIO) -> None:
                 "   ".join(text.ljust(width) for text in texts[start : start + per_line]).rstrip(), style="not bold"
             )
             console.print(line, no_wrap=True, overflow="ellipsis")
+    if any(item.exact_copy for ranked in rankings.values() for item in ranked):
+        console.print("* an exact copy of the query")
 
 
 def entry_text(item: Ranked) -> str:
     label = f" ({printable(item.metadata['label'])})" if item.metadata.get("label") else ""
-    return f"{item.example_id}{label} {score_text(item.score)}{' exact copy' if item.exact_copy else ''}"
+    return f"{item.example_id}{label} {score_text(item.score)}{'*' if item.exact_copy else ''}"
 
 
 def print_json(rankings: Rankings, facts: dict[str, Any], stream: TextIO) -> None:

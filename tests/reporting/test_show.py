@@ -97,5 +97,7 @@ def test_print_top_gives_each_query_its_ids_in_order(finished: RunBuilder, capsy
     text = " ".join(lines[1:])
     for query in range(3):
         part = text.split(f"query {query}")[1].split("query")[0]
-        ids = [int(entry.split(" (")[0]) for entry in part.replace(" exact copy", "").split("   ") if "(" in entry]
+        ids = [int(entry.split(" (")[0]) for entry in part.split("   ") if "(" in entry]
         assert ids == top_ids(finished, query, 5)
+    assert f"3 (3) {finished.score[2, 3]:+.4f}*" in text
+    assert lines[-1] == "* an exact copy of the query"
