@@ -28,7 +28,8 @@ def test_bars_grow_with_the_square_root_of_the_count() -> None:
 
 @pytest.mark.parametrize("scores", [[0.0] * 5, [0.3] * 5, [1e-9, 2e-9], [-0.2], [-1.0, 1.0]])
 def test_degenerate_distributions_are_drawn_with_finite_numbers(scores: list[float]) -> None:
-    svg = histogram(np.array(scores, np.float32), scores[:1])
+    values = np.array(scores, np.float32)
+    svg = histogram(values, values[:1].tolist())
     assert "nan" not in svg and "inf" not in svg
     assert len(bars(svg, "bar-top")) == 1
 
