@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors, write_text
-from mucs_cli.config import DigitsConfig, PipelineConfig, ReportConfig, ShowConfig
+from mucs_cli.config import DataConfig, DigitsConfig, PipelineConfig, ReportConfig, ShowConfig
 from mucs_cli.stages import report, show
 from mucs_cli.stages.context import Context
 
@@ -105,8 +105,9 @@ class RunBuilder:
         score: np.ndarray | None = None,
         forget_weight: float = 0.2,
         unreached: Sequence[int] = (),
+        dataset: str | None = None,
     ) -> None:
-        """One unlearned and scored variant; ``unreached`` queries did not reach the bound."""
+        """One variant; ``unreached`` queries did not reach the bound; ``dataset``: fingerprint of the data."""
         config = {
             "method": {"name": "mucs", "epsilon": 1e-3},
             "unlearning": {"forget_weight": forget_weight, "tolerance": 0.95},
@@ -129,7 +130,9 @@ class RunBuilder:
         queries = require_manifest(self.run / "sample", "sample")["outputs"]["samples.safetensors"]["sha256"]
         config = {"method": config["method"], "noise_bank": {"num_draws": 100, "grid": "truncated", "seed": 0}}
         stage = Stage(
-            folder, "score", {"config": config, "inputs": {"dataset": fingerprint(self.raw), "queries": queries}}
+            folder,
+            "score",
+            {"config": config, "inputs": inputs},
         )
         stage.begin()
         values = self.score if score is None else score
@@ -149,9 +152,9 @@ class RunBuilder:
         return self
 
 
-def make_report(run: Path, **settings: Any) -> Path:
+def make_report(run: Path, data: DataConfig | None = None, **settings: Any) -> Path:
     """``mucs report report.<key>=<value>``; returns the page's path."""
-    config = PipelineConfig(run=str(run), data=DigitsConfig(), report=ReportConfig(**settings))
+    config = PipelineConfig(run=str(run), data=data or DigitsConfig(), report=ReportConfig(**settings))
     report.run(Context("report", config, run))
     return run / "report" / "index.html"
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from PIL import Image
 from reporting_runs import RunBuilder, make_report
 
 from mucs_cli.artifacts import read_json, require_manifest
+from mucs_cli.config import DigitsConfig
+from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
 from mucs_cli.reporting.pictures import BLUE, HEADER, MARGIN, ROW, TILE
 from mucs_cli.stages import report
@@ -202,6 +205,18 @@ def test_images_are_enough_without_training_or_unlearning_records(finished: RunB
     page = Page(make_report(finished.run, k=3))
     assert "no record of unlearning in this run" in page.text
     assert "Training of the base model" not in page.text
+
+
+def test_cleaned_images_are_decoded_again(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    dataset = load_dataset(DigitsConfig(limit=60, seed=0), run.run)
+    run.sample()
+    run.variant(dataset=dataset.fingerprint)
+    (run.run / "data" / "images.safetensors").unlink()
+    page = Page(make_report(run.run, data=DigitsConfig(limit=60, seed=0), k=3))
+    assert len(page.all("img")) == 3 * 4
+    assert "id 3 label 3 exact copy" in page.text
+    assert "CC BY 4.0" in page.text
 
 
 def test_the_picture_shows_each_query_beside_its_first_image(finished: RunBuilder) -> None:
