@@ -129,11 +129,8 @@ class RunBuilder:
         folder = self.run / "score" / name
         queries = require_manifest(self.run / "sample", "sample")["outputs"]["samples.safetensors"]["sha256"]
         config = {"method": config["method"], "noise_bank": {"num_draws": 100, "grid": "truncated", "seed": 0}}
-        stage = Stage(
-            folder,
-            "score",
-            {"config": config, "inputs": inputs},
-        )
+        inputs = {"dataset": dataset or fingerprint(self.raw), "queries": queries}
+        stage = Stage(folder, "score", {"config": config, "inputs": inputs})
         stage.begin()
         values = self.score if score is None else score
         tensors = {
