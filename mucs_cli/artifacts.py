@@ -62,7 +62,10 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -294,8 +297,8 @@ def command_hint(folder: Path, command: str) -> str:
 class BlockFile:
     """A safetensors file that is filled block by block and survives an interruption.
 
-    The file is preallocated as ``<name>.partial`` and memory-mapped; ``<name>.journal`` lists the finished blocks, a line
-    each, appended after the block's bytes are durable. ``finish`` renames the file into place.
+    The file is preallocated as ``<name>.partial`` and memory-mapped; ``<name>.journal`` lists the finished blocks, a
+    line each, appended after the block's bytes are durable. ``finish`` renames the file into place.
 
     Args:
         path: the finished file.
@@ -307,7 +310,8 @@ class BlockFile:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.journal = path.with_name(path.name + ".journal")
-        header, offset = {}, 0
+        offset = 0
+        header: dict[str, dict[str, Any]] = {}
         for name, (dtype, shape) in tensors.items():
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             header[name] = {

@@ -25,8 +25,8 @@ def generator(seed: int, stream: str, *index: int) -> torch.Generator:
 class ShuffledOrder:
     """An endless stream of indices: one fresh permutation of 0..count-1 an epoch, as a function of the position alone.
 
-    Any batch can be asked for in any order, so that an interrupted run goes on with the batch it would have seen. A batch may
-    span epochs; with fewer items than the batch holds, items repeat.
+    Any batch can be asked for in any order, so that an interrupted run goes on with the batch it would have seen. A
+    batch may span epochs; with fewer items than the batch holds, items repeat.
 
     Args:
         count: number of items, >= 1.
@@ -37,7 +37,7 @@ class ShuffledOrder:
         if count < 1:
             raise ValueError("an order needs at least one item")
         self.count = count
-        self.key = (seed, stream, *index)
+        self.seed, self.stream, self.index = seed, stream, index
         self._permutations: dict[int, torch.Tensor] = {}
 
     def batch(self, step: int, size: int) -> torch.Tensor:
@@ -55,6 +55,6 @@ class ShuffledOrder:
         if epoch not in self._permutations:
             if len(self._permutations) > 1:  # neighbours only: a batch spans few epochs
                 self._permutations.pop(min(self._permutations))
-            seed, stream, *index = self.key
-            self._permutations[epoch] = torch.randperm(self.count, generator=generator(seed, stream, *index, epoch))
+            source = generator(self.seed, self.stream, *self.index, epoch)
+            self._permutations[epoch] = torch.randperm(self.count, generator=source)
         return self._permutations[epoch]

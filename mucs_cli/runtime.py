@@ -37,8 +37,8 @@ def pick_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks instead of returning them to the kernel after every tensor.
 
-    Without it each activation above 128 KiB is mapped and unmapped anew, and the page faults cost a small network a third of its
-    time on the CPU (measured by scripts/bench/score_throughput.py --malloc). Elsewhere than on glibc it does nothing.
+    Without it each large activation is mapped and unmapped anew, and a small network on the CPU spends much of its time
+    on page faults (scripts/bench/score_throughput.py, with and without --keep-malloc). Without glibc it does nothing.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -77,7 +77,7 @@ def smaller_batch(error: BaseException, size: int, what: str, multiple: int = 1)
 
 
 class ConsoleHandler(logging.Handler):
-    """Log lines on stderr through the console that also draws the progress bar, so that they do not garble each other."""
+    """Log lines on stderr, through the console that also draws the progress bar: neither garbles the other."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "

@@ -1,4 +1,4 @@
-"""The null loss: the expected loss of a network that knows nothing, which bounds the unlearning (MUCS, arXiv 2605.17938)."""
+"""The null loss: the expected loss of a network that knows nothing; it bounds the unlearning (MUCS, arXiv 2605.17938)."""
 
 from collections.abc import Iterable
 

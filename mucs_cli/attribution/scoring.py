@@ -1,7 +1,7 @@
 """The score engine: losses of many models over all training images under one noise bank.
 
-The unit of computation is a block of images of one fixed size (the last one is padded), all under the same draw. Its bits do not
-depend on which models or queries share a pass, nor on how many blocks there are.
+The unit of computation is a block of images of one fixed size (the last one is padded), all under the same draw. Its
+bits do not depend on which models or queries share a pass, nor on how many blocks there are.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Unlearning a query: bounded mirrored gradient ascent.
 
-Each step minimises  mean loss(retain) - forget_weight * mean min(loss(forget), null_loss)  over a batch of training images and
-a batch of noisy copies of the query. The clamp is per sample, so that a copy the model has already forgotten pulls no further.
-MUCS, arXiv 2605.17938.
+Each step minimises  mean loss(retain) - forget_weight * mean min(loss(forget), null_loss)  over a batch of training
+images and a batch of noisy copies of the query. The clamp is per sample, so that a copy the model has already forgotten
+pulls no further. MUCS, arXiv 2605.17938.
 """
 
 import math
@@ -124,7 +124,7 @@ def unlearn(
         query_condition: the query's own condition, [1] or [1, d], or None.
         retain_batch: step -> (image [B, C, H, W], condition), training images in shuffled order.
         settings: hyperparameters and the bound.
-        seed, query_id: noise of step i comes from the stream ("unlearning", query_id, i), whatever other queries there are.
+        seed, query_id: noise of step i comes from the stream ("unlearning", query_id, i), whatever other queries exist.
         on_step: called with each step's losses.
     Returns:
         The changed tensors (copies), the number of updates and the log.

@@ -18,7 +18,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def save_denoiser(folder: Path, denoiser: EDMDenoiser, weights: dict[str, Tensor]) -> list[Path]:
     """Writes the network's configuration, ``weights`` and the preconditioning; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    denoiser.network.save_config(folder)  # type: ignore[operator]
+    denoiser.network.save_config(folder)
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
     facts = {
         "preconditioning": "edm",

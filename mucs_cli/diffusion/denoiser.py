@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mucs_cli.diffusion.networks import Network
 
 
 class Denoiser(Protocol):
     """What every model offers to samplers, unlearning and scoring."""
 
-    network: nn.Module
+    network: Network
 
     def __call__(self, noised: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """D(noised; sigma, condition): [B, C, H, W] from noised [B, C, H, W], sigma [B] or [1]."""
@@ -53,7 +55,7 @@ class EDMDenoiser:
         p_mean, p_std: training noise levels are log-normal, ln sigma ~ N(p_mean, p_std^2).
     """
 
-    network: nn.Module
+    network: Network
     sigma_data: float = 0.5
     p_mean: float = -1.2
     p_std: float = 1.2

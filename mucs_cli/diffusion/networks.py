@@ -1,11 +1,12 @@
-"""Networks: a DiT of our own and diffusers' U-Net, both conditioned on the noise level, a label or vector, and an augmentation.
+"""Networks: a DiT of our own and diffusers' U-Net.
 
-Both are diffusers models (``save_pretrained`` and ``from_pretrained`` work) and share one call:
+Both are conditioned on the noise level, a label or a vector, and an augmentation. Both are diffusers models
+(``save_pretrained`` and ``from_pretrained`` work) and share one call:
 ``network(sample, timestep, condition, augmentation) -> [B, C, H, W]``, where ``timestep`` is the
 denoiser's ``c_noise`` (any real number per example, [B], or one for the whole batch, [1]).
 
-The DiT is our own because diffusers' ``DiTTransformer2DModel`` conditions on labels only, and draws its label dropout from
-the global random state. Peebles and Xie, arXiv 2212.09748; parameter names follow diffusers.
+The DiT is our own because diffusers' ``DiTTransformer2DModel`` conditions on labels only, and draws its label dropout
+from the global random state. Peebles and Xie, arXiv 2212.09748; parameter names follow diffusers.
 """
 
 import math
@@ -31,7 +32,7 @@ def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
 
 
 def position_table(grid_size: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine position code of a ``grid_size`` x ``grid_size`` token grid; returns [1, grid_size**2, dim]."""
+    """Fixed 2-D sine-cosine code of the places in a ``grid_size`` x ``grid_size`` grid; [1, grid_size**2, dim]."""
     axis = torch.arange(grid_size, dtype=torch.float32)
     row, column = torch.meshgrid(axis, axis, indexing="ij")
     halves = [sinusoidal_embedding(c.flatten(), dim // 2) for c in (row, column)]
@@ -119,7 +120,32 @@ class TransformerBlock(nn.Module):
         return torch.addcmul(x, gate2, self.ff(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
 
-class DiT(ModelMixin, ConfigMixin):
+class Network(ModelMixin, ConfigMixin):
+    """What both networks share: their conditions, and how they are saved."""
+
+    zero_initialised_head: bool
+    """Whether the output is exactly zero before training, so that the null loss has a closed form."""
+
+    condition_embed: ConditionEmbedding
+
+    @property
+    def num_classes(self) -> int:
+        """0 for a network without class labels."""
+        return self.condition_embed.num_classes
+
+    @property
+    def is_conditional(self) -> bool:
+        return bool(self.condition_embed.num_classes or self.condition_embed.condition_dim)
+
+    def _add_conditions(self, num_classes: int, condition_dim: int, augmentation_dim: int, width: int) -> None:
+        self.condition_embed = ConditionEmbedding(num_classes, condition_dim, width)
+        self.augmentation_embed = None
+        if augmentation_dim:
+            self.augmentation_embed = nn.Linear(augmentation_dim, width, bias=False)
+            nn.init.zeros_(self.augmentation_embed.weight)
+
+
+class DiT(Network):
     """Diffusion transformer with adaLN-Zero blocks and a zero-initialised output.
 
     Args:
@@ -154,10 +180,7 @@ class DiT(ModelMixin, ConfigMixin):
         super().__init__()
         self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
         self.time_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.condition_embed = ConditionEmbedding(num_classes, condition_dim, width)
-        if augmentation_dim:
-            self.augmentation_embed = nn.Linear(augmentation_dim, width, bias=False)
-            nn.init.zeros_(self.augmentation_embed.weight)
+        self._add_conditions(num_classes, condition_dim, augmentation_dim, width)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, num_heads, mlp_ratio, dropout) for _ in range(num_layers)
         )
@@ -168,16 +191,17 @@ class DiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.register_buffer("positions", position_table(sample_size // patch_size, width), persistent=False)
+        self.sample_size, self.in_channels, self.patch_size = sample_size, in_channels, patch_size
 
     def forward(
         self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
-        """sample: [B, C, H, W]; timestep: c_noise, [B] or [1]; condition: [B] labels or [B, d]; returns [B, C, H, W]."""
+        """sample: [B, C, H, W]; timestep: c_noise, [B] or [1]; condition: [B] labels or [B, d]; gives [B, C, H, W]."""
         embedding = self.time_embed(sinusoidal_embedding(timestep * TIMESTEP_SCALE, 256))
         conditional = self.condition_embed(condition)
         if conditional is not None:
             embedding = embedding + conditional
-        if augmentation is not None:
+        if augmentation is not None and self.augmentation_embed is not None:
             embedding = embedding + self.augmentation_embed(augmentation)
         embedding = F.silu(embedding)
         x = self.patch_embed(self._to_tokens(sample)) + self.positions
@@ -188,17 +212,17 @@ class DiT(ModelMixin, ConfigMixin):
 
     def _to_tokens(self, image: Tensor) -> Tensor:
         batch, channels, height, width = image.shape
-        p = self.config.patch_size
+        p = self.patch_size
         x = image.reshape(batch, channels, height // p, p, width // p, p)
         return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
 
     def _to_image(self, tokens: Tensor) -> Tensor:
-        p, size, channels = self.config.patch_size, self.config.sample_size, self.config.in_channels
+        p, size, channels = self.patch_size, self.sample_size, self.in_channels
         x = tokens.reshape(-1, size // p, size // p, channels, p, p)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, size, size)
 
 
-class UNet(ModelMixin, ConfigMixin):
+class UNet(Network):
     """diffusers' ``UNet2DModel`` with our conditions added to its time embedding.
 
     Args:
@@ -233,10 +257,7 @@ class UNet(ModelMixin, ConfigMixin):
         super().__init__()
         attends = [sample_size // 2**level in attention_resolutions for level in range(len(multipliers))]
         width = channels * multipliers[0] * 4  # of UNet2DModel's time embedding
-        self.condition_embed = ConditionEmbedding(num_classes, condition_dim, width)
-        if augmentation_dim:
-            self.augmentation_embed = nn.Linear(augmentation_dim, width, bias=False)
-            nn.init.zeros_(self.augmentation_embed.weight)
+        self._add_conditions(num_classes, condition_dim, augmentation_dim, width)
         self.unet = UNet2DModel(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -257,9 +278,9 @@ class UNet(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """As ``DiT.forward``."""
         embedding = self.condition_embed(condition)
-        if self.config.augmentation_dim:
+        if self.augmentation_embed is not None:
             if augmentation is None:
-                augmentation = sample.new_zeros(len(sample), self.config.augmentation_dim)
+                augmentation = sample.new_zeros(len(sample), self.augmentation_embed.in_features)
             extra = self.augmentation_embed(augmentation)
             embedding = extra if embedding is None else embedding + extra
         timestep = (timestep * TIMESTEP_SCALE).expand(len(sample))

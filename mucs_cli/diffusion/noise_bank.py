@@ -34,8 +34,8 @@ class NoiseBank:
 def grid_positions(num_draws: int, grid: str) -> Tensor:
     """Positions on the Karras grid, 0 at sigma_max and 1 at sigma_min, in grid order; [n], float64.
 
-    ``truncated`` is the release's: the first n of a grid of m = floor(n/0.7) levels, s_j = j/(m - 1). Its end depends on n
-    (0.703 of the way at n = 100, all of it at n = 2). ``exact`` ends at 0.7 for every n, ``full`` at 1.
+    ``truncated`` is the release's: the first n of a grid of m = floor(n/0.7) levels, s_j = j/(m - 1). Its end depends
+    on n (0.702 of the way at n = 100, all of it at n = 2). ``exact`` ends at 0.7 for every n, ``full`` at 1.
 
     Raises:
         ValueError: another grid name, or no draws.

@@ -1,4 +1,4 @@
-"""Karras noise levels and the deterministic Heun sampler (Karras et al., arXiv 2206.00364, equation 5 and algorithm 1)."""
+"""Karras noise levels and the deterministic Heun sampler (Karras et al., arXiv 2206.00364, equation 5, algorithm 1)."""
 
 import torch
 from torch import Tensor

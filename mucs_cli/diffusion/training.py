@@ -35,7 +35,7 @@ class TrainingSettings:
 
 
 def learning_rate_at(step: int, settings: TrainingSettings) -> float:
-    """Learning rate of one update: linear warm-up, then constant, or a half cosine or a line down to zero at the last step."""
+    """Learning rate of one update: linear warm-up, then constant, or a half cosine or a line down to zero at the end."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -116,7 +116,7 @@ class Trainer:
     def _gradient(
         self, image: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor | None, augmentation: Tensor | None
     ) -> float:
-        """Leaves the gradient of the batch's mean loss in the parameters; in smaller pieces after running out of memory."""
+        """Leaves the gradient of the mean loss in the parameters; in smaller pieces after running out of memory."""
         while True:
             torch.manual_seed(
                 derive_seed(self.settings.seed, "dropout", self.step)
@@ -173,6 +173,6 @@ def train(
     batch: Callable[[int], tuple[Tensor, Tensor | None]],
     on_step: Callable[[float], None],
 ) -> None:
-    """Updates until ``num_steps`` are done; ``batch(step)`` gives the images, ``on_step(loss)`` is called after each."""
+    """Updates until ``num_steps`` are done; ``batch(step)`` gives the images, ``on_step(loss)`` follows each update."""
     while trainer.step < trainer.settings.num_steps:
         on_step(trainer.update(*batch(trainer.step)))

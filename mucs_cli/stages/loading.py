@@ -64,7 +64,7 @@ def load_base_model(context: Context, data: ImageDataset, device: torch.device) 
     if trained_on != data.fingerprint:
         raise UserError(
             "data",
-            f"got a data set with fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {trained_on[:16]}. "
+            f"got a data set of fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {trained_on[:16]}. "
             "Restore the data, or use another run=.",
         )
     denoiser = load_denoiser(folder / "model", manifest["outputs"][f"model/{WEIGHTS}"]["sha256"])

@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 
 from mucs_cli.artifacts import write_atomic, write_tensors
-from mucs_cli.diffusion.networks import DiT, UNet
 from mucs_cli.diffusion.sampler import sample_heun
 from mucs_cli.errors import UserError
 from mucs_cli.rng import derive_seed
@@ -47,9 +46,7 @@ def run(context: Context) -> None:
 
 def query_classes(model: BaseModel, count: int, classes: list[int] | None) -> Tensor | None:
     """The label of each query: the chosen classes in turn; None for an unconditional model."""
-    network = model.denoiser.network
-    assert isinstance(network, DiT | UNet)
-    num_classes = network.config.num_classes
+    num_classes = model.denoiser.network.num_classes
     if not num_classes:
         if classes is not None:
             raise UserError("queries.classes", f"got {classes}; the model is unconditional. Leave it out.")
@@ -83,7 +80,7 @@ def generate(
                     model.denoiser,
                     noise[part].to(device),
                     label,
-                    null_condition=None if label is None else network.condition_embed.null(label),  # type: ignore[union-attr,operator]
+                    null_condition=None if label is None else network.condition_embed.null(label),
                     guidance=1.0 if label is None else settings.guidance,
                     num_steps=settings.num_steps,
                     sigma_min=settings.sigma_min,

@@ -134,7 +134,7 @@ class Engine:
         self.data = data
         self.bank = bank.to(device)
         self.device = device
-        self.conditional = bool(denoiser.network.config.num_classes)  # type: ignore[union-attr]
+        self.conditional = denoiser.network.is_conditional
         self.block_size = self._block_size()
         self.evaluations = 0
         self.seconds = 0.0
@@ -247,7 +247,7 @@ def base_losses(context: Context, engine: Engine, model_print: str, bank_print: 
 def score_queries(
     engine: Engine, folder: Path, base: np.ndarray, unlearned: UnlearnedModels, queries: Queries, identity: str
 ) -> None:
-    """Fills ``scores.safetensors``: passes over the data, each with as many unlearned models as the memory budget holds."""
+    """Fills ``scores.safetensors`` in passes over the data, each with as many models as the memory budget holds."""
     num_queries, num_images = len(queries), engine.num_images
     epsilon = engine.context.config.method.epsilon
     per_pass = queries_per_pass(unlearned, num_queries, engine.context.config.score.memory_budget)
@@ -298,7 +298,7 @@ def fill_blocks(
     """Computes every block of every pass that an interrupted attempt has not, and stores what came of it.
 
     Args:
-        engine: computes the losses; its block may become smaller after running out of memory, and the file starts again.
+        engine: computes the losses; its block becomes smaller after running out of memory, and the file starts again.
         path, tensors, identity: the file, see ``BlockFile``.
         title: for the progress line.
         passes: the models of each pass over the data, by number.
@@ -327,7 +327,7 @@ def fill_blocks(
 
 
 def write_top(path: Path, scores: np.ndarray, data: ImageDataset) -> None:
-    """``query,rank,example_id,file,score`` and the data's metadata columns, for the highest scores; ties by example_id."""
+    """``query,rank,example_id,file,score`` and the metadata columns, for the highest scores; ties by example_id."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["query", "rank", "example_id", "file", "score", *data.metadata])

@@ -70,7 +70,7 @@ def fit(trainer: Trainer, data: ImageDataset, folder: Path, every: float, device
     """Trains to the end, with resumable checkpoints; returns facts for the manifest."""
     settings = trainer.settings
     order = ShuffledOrder(len(data.training), settings.seed, "order")
-    conditional = bool(trainer.denoiser.network.config.num_classes)  # type: ignore[union-attr]
+    conditional = trainer.denoiser.network.is_conditional
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = data.training[order.batch(step, settings.batch_size).numpy()]
@@ -164,7 +164,8 @@ def build_denoiser(config: PipelineConfig, data: ImageDataset) -> EDMDenoiser:
     if config.model.conditional and not data.num_classes:
         raise UserError(
             "model.conditional",
-            f"got true; the data set {data.facts['name']} has no labels. Set model.conditional=false or data.labels=folder.",
+            f"got true; the data set {data.facts['name']} has no labels. "
+            "Set model.conditional=false or data.labels=folder.",
         )
     common = {
         "sample_size": data.height,

@@ -139,21 +139,21 @@ def choose_trainable(model: BaseModel, config: UnlearningConfig) -> list[str]:
 def choose_null_loss(
     model: BaseModel, data: ImageDataset, config: UnlearningConfig, device: torch.device
 ) -> tuple[float, str]:
-    """The bound and where it comes from: a number, the closed form of a zero head, or Monte Carlo over the initial weights."""
+    """The bound, and its source: a number, the closed form of a zero head, or Monte Carlo over the initial weights."""
     value = number_or_word(config.null_loss, "unlearning.null_loss", ("auto", "closed_form", "monte_carlo"))
     if isinstance(value, float):
         return value, "given"
-    zero_head = bool(getattr(model.denoiser.network, "zero_initialised_head", False))
+    zero_head = model.denoiser.network.zero_initialised_head
     if value == "closed_form" and not zero_head:
         raise UserError(
             "unlearning.null_loss",
-            "got closed_form; it holds for networks whose output starts at zero, which this one's does not. Use monte_carlo.",
+            "got closed_form; this network's output does not start at zero, so that it has none. Use monte_carlo.",
         )
     if value != "monte_carlo" and zero_head:
         return model.denoiser.null_loss(data.mean_square), "closed form of a zero output"
     fresh = load_denoiser(model.folder / "model", weights=model.folder / "initial.safetensors")
     fresh.network.requires_grad_(False).to(device)
-    conditional = bool(fresh.network.config.num_classes)  # type: ignore[union-attr]
+    conditional = fresh.network.is_conditional
 
     def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
         order = ShuffledOrder(len(data.training), config.seed, "null_loss_order")
@@ -200,7 +200,8 @@ def unlearn_one(
     except NonFiniteLossError as error:
         raise UserError(
             "unlearning.learning_rate",
-            f"got a non-finite loss ({error.value}) at step {error.step} of query {query_id} with {settings.learning_rate:g}. "
+            f"got a non-finite loss ({error.value}) at step {error.step} of query {query_id} "
+            f"with {settings.learning_rate:g}. "
             "Lower it; the queries before are kept.",
         ) from error
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_nearby_noise_levels_are_told_apart(kind):
     """c_noise spans 2.6 only; an embedding made for timesteps 0..1000 would hardly see it."""
     network, sample = tiny(kind), torch.randn(1, 1, 8, 8)
     outputs = [network(sample, torch.tensor([c])) for c in (-1.5, -0.7, 0.0, 0.5, 1.0)]
-    for a, b in zip(outputs, outputs[1:], strict=False):
+    for a, b in itertools.pairwise(outputs):
         assert float((a - b).detach().abs().max()) > 1e-3
 
 
