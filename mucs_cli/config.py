@@ -367,6 +367,19 @@ def sections_of(root: type) -> list[str]:
     return [f.name for f in fields(root) if is_section(f)]
 
 
+def known_keys(root: type) -> dict[str, Field[Any]]:
+    """Dotted key -> field, of a root schema and its sections; every kind of a section that has several counts."""
+    known: dict[str, Field[Any]] = {}
+    for entry in fields(root):
+        if not is_section(entry):
+            known[entry.name] = entry
+            continue
+        schemas = SECTION_SCHEMAS.get(entry.name, {"": entry.default_factory})
+        for schema in schemas.values():
+            known |= {f"{entry.name}.{f.name}": f for f in fields(schema)}  # type: ignore[arg-type]
+    return known
+
+
 def is_section(entry: Field[Any]) -> bool:
     return isinstance(entry.default_factory, type) and is_dataclass(entry.default_factory)
 

@@ -1,4 +1,4 @@
-"""Non-leaking geometric augmentation: the network is told what was done to each image, and in sampling that nothing was.
+"""Non-leaking geometric augmentation: the network is told what was done to each image, in sampling that nothing was.
 
 Karras et al., arXiv 2206.00364, appendix F.2; resampled bilinearly with reflected borders.
 """
@@ -18,7 +18,7 @@ TRANSLATION_STD = 0.125  # of the shift, in image sides
 def augment(image: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Applies each of six transformations with ``probability``, independently per image.
 
-    Mirror left-right (always drawn, probability 1/2), mirror up-down, zoom, rotation, stretch in a random direction, shift.
+    Mirror left-right (always drawn, probability 1/2) and up-down, zoom, rotation, stretch in a random direction, shift.
 
     Args:
         image: [B, C, H, W], square.

@@ -63,10 +63,6 @@ class ConditionEmbedding(nn.Module):
             return self.label_embedding(condition)
         return self.projection(condition)
 
-    def null(self, condition: Tensor) -> Tensor:
-        """The condition that stands for "none", in the shape of ``condition``."""
-        return torch.full_like(condition, self.num_classes) if self.num_classes else torch.zeros_like(condition)
-
 
 class FeedForward(nn.Module):
     """The two-layer perceptron of a transformer block, named as in diffusers (``net.0.proj``, ``net.2``)."""
@@ -134,8 +130,17 @@ class Network(ModelMixin, ConfigMixin):
         return self.condition_embed.num_classes
 
     @property
+    def condition_dim(self) -> int:
+        """0 for a network without vector conditions."""
+        return self.condition_embed.condition_dim
+
+    @property
     def is_conditional(self) -> bool:
-        return bool(self.condition_embed.num_classes or self.condition_embed.condition_dim)
+        return bool(self.num_classes or self.condition_dim)
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The condition that stands for "none", in the shape of ``condition``: label ``num_classes``, or zeros."""
+        return torch.full_like(condition, self.num_classes) if self.num_classes else torch.zeros_like(condition)
 
     def _add_conditions(self, num_classes: int, condition_dim: int, augmentation_dim: int, width: int) -> None:
         self.condition_embed = ConditionEmbedding(num_classes, condition_dim, width)

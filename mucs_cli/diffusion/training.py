@@ -35,7 +35,7 @@ class TrainingSettings:
 
 
 def learning_rate_at(step: int, settings: TrainingSettings) -> float:
-    """Learning rate of one update: linear warm-up, then constant, or a half cosine or a line down to zero at the end."""
+    """Learning rate of one update: linear warm-up, then constant, or a half cosine or a line to zero at the end."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -91,7 +91,7 @@ class Trainer:
         noise = torch.randn(image.shape, generator=source).to(image)
         if condition is not None:
             drops = (torch.rand(len(image), generator=source) < settings.condition_dropout).to(image.device)
-            null = self.denoiser.network.condition_embed.null(condition)
+            null = self.denoiser.network.null_condition(condition)
             condition = torch.where(drops.view(-1, *[1] * (condition.dim() - 1)), null, condition)
         if settings.horizontal_flip:
             flips = (torch.rand(len(image), generator=source) < 0.5).to(image.device)

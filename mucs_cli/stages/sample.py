@@ -80,7 +80,7 @@ def generate(
                     model.denoiser,
                     noise[part].to(device),
                     label,
-                    null_condition=None if label is None else network.condition_embed.null(label),
+                    null_condition=None if label is None else network.null_condition(label),
                     guidance=1.0 if label is None else settings.guidance,
                     num_steps=settings.num_steps,
                     sigma_min=settings.sigma_min,

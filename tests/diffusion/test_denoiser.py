@@ -10,7 +10,7 @@ from mucs_cli.diffusion.sampler import karras_sigmas, sample_heun
 
 
 class Gaussian(nn.Module):
-    """F of the optimal denoiser of independent N(mean, std^2) pixels, D = (std^2 x + sigma^2 mean)/(std^2 + sigma^2)."""
+    """F of the best denoiser of independent N(mean, std^2) pixels, D = (std^2 x + sigma^2 mean)/(std^2 + sigma^2)."""
 
     def __init__(self, mean: float, std: float, sigma_data: float):
         super().__init__()
