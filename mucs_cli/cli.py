@@ -1,0 +1,277 @@
+"""The command line: ``mucs COMMAND [group=option] [key=value] [flags]``, one Hydra application a command.
+
+Help, version and completion of commands need neither Hydra nor torch, which are imported when a command runs. What a
+user can cause ends in one line and exit code 2; a bug keeps its traceback.
+"""
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mucs_cli import __version__, completion, help
+from mucs_cli.composition import conf_folder, group_options, register_schemas
+from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
+from mucs_cli.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+SWITCHES = ("-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help")
+WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+FOLDERS = ("-cp", "--config-path", "-cd", "--config-dir")
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+class CommandFailed(SystemExit):
+    """A user's error inside a command; it passes through Hydra and its launchers without their own messages."""
+
+    def __init__(self, line: str):
+        super().__init__(line)
+        self.line = line
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that files are closed and work in progress is kept."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command line; returns the exit code.
+
+    Args:
+        arguments: what stands after ``mucs``; by default the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        return dispatch(arguments)
+    except (UserError, CommandFailed) as error:
+        line = error.line if isinstance(error, CommandFailed) else str(error)
+        print(f"mucs: error: {line}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Terminated) as error:
+        again = shlex.join(["mucs", *arguments])
+        print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 143
+    except BrokenPipeError:  # the reader of our output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Help, version and completion at once; everything else is a command."""
+    command, *rest = arguments or ["--help"]
+    if command == "help":
+        command, rest = (rest[0], ["--help"]) if rest else ("--help", [])
+    if command in ("-h", "--help"):
+        print(help.main_help(), end="")
+    elif command == "--version" or "--version" in rest:
+        print(f"mucs {__version__}")
+    elif command in ("-sc", "--shell-completion"):
+        shell_completion(rest)
+    elif command not in COMMANDS:
+        near = did_you_mean(command, COMMANDS)
+        raise UserError(command, f"no such command; expected {', '.join(COMMANDS)}.{near or ' See mucs --help.'}")
+    elif "-h" in rest or "--help" in rest:
+        print(help.command_help(command), end="")
+    else:
+        run_application(command, *split_flags(command, rest))
+    return 0
+
+
+def split_flags(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags, and the overrides: Hydra 1.3 wants the flags first.
+
+    Raises:
+        UserError: an unknown flag, or one that lacks its value.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            overrides.append(word)
+        elif word == "--bottom" and command == "show":
+            overrides.append("bottom=true")
+        elif word in SWITCHES:
+            flags.append(word)
+        elif word in ("-i", "--info"):
+            flags += ["--info", words.pop(0) if words and words[0] in INFO else "all"]
+        elif name in WITH_VALUE and equals:
+            flags += word.split("=", 1)
+        elif name in WITH_VALUE and words:
+            flags += [word, words.pop(0)]
+        elif name in WITH_VALUE:
+            raise UserError(word, f"got no value; expected one after it. See mucs {command} --help.")
+        else:
+            near = did_you_mean(name, (*SWITCHES, *WITH_VALUE, "--info"))
+            raise UserError(name, f"no such flag of mucs {command}.{near or f' See mucs {command} --help.'}")
+    for position, word in enumerate(flags[:-1]):
+        if word in FOLDERS:
+            flags[position + 1] = user_folder(word, flags[position + 1])
+    return flags, overrides
+
+
+def user_folder(flag: str, folder: str) -> str:
+    """A configuration folder as an absolute path: Hydra would start from its own place for some."""
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        raise UserError(flag, f"got {folder}; expected an existing folder of configuration files. Correct the path.")
+    return str(path)
+
+
+# --- one Hydra application a command ---------------------------------------------------------------------------------
+
+
+def run_application(command: str, flags: list[str], typed: list[str]) -> None:
+    """Checks what was typed, then composes and runs the command under Hydra.
+
+    Raises:
+        UserError: what was typed, or a file of the user's own, cannot be used.
+        CommandFailed: a user's error within the command.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from mucs_cli import overrides
+
+    folders = [Path(value) for flag, value in itertools.pairwise(flags) if flag in FOLDERS]
+    groups = group_options(folders)
+    parsed = overrides.parse(typed)
+    overrides.check(command, parsed, groups, sweeps="-m" in flags or "--multirun" in flags)
+    recorded = recorded_kinds(command, parsed)
+
+    def task(cfg: "DictConfig") -> None:
+        run_command(command, recorded, cfg)
+
+    try:
+        if folders or any(override.key_or_group == "hydra.searchpath" for override in parsed):
+            check_folders(command, flags, parsed, groups)
+        hydra_main(command, [*flags, *recorded, *typed], task)
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
+        if hasattr(error, "raised_by_command"):
+            raise
+        raise overrides.as_user_error(error, command, parsed) from error
+
+
+def hydra_main(command: str, arguments: list[str], task: Any) -> None:
+    import hydra
+
+    register_schemas()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up to here instead of ending the process with a page of text
+    before, sys.argv = sys.argv, ["mucs", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)(task)()
+    finally:
+        sys.argv = before
+
+
+def recorded_kinds(command: str, typed: "list[Override]") -> list[str]:
+    """Group choices of an existing run (``data=image_folder``), without which its keys could not be composed.
+
+    They count as composed, not as typed. A run that is swept over, or that cannot be read, gives none.
+    """
+    given = {override.key_or_group: override for override in typed}
+    if not issubclass(COMMANDS[command].schema, PipelineConfig) or "run" not in given or "experiment" in given:
+        return []
+    try:
+        config = json.loads((Path(str(given["run"].value())).expanduser() / "run.json").read_text())["config"]
+        kinds = {section: config[section]["name"] for section in SECTION_SCHEMAS if section not in given}
+    except (OSError, ValueError, KeyError, TypeError):  # the command itself says what is wrong with the file
+        return []
+    return [f"{section}={kind}" for section, kind in kinds.items() if kind in SECTION_SCHEMAS[section]]
+
+
+def check_folders(command: str, flags: list[str], typed: "list[Override]", groups: dict[str, list[str]]) -> None:
+    """Refuses configuration files of the user's own that name code to run; composes what they give, without running."""
+    from mucs_cli import overrides
+
+    paths: list[str] = []
+    for flag, value in itertools.pairwise(flags):
+        if flag in WITH_VALUE and flag not in ("-c", "--cfg", "-p", "--package"):
+            paths += [flag, value]
+    for combination in overrides.without_sweeps(typed, groups):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            hydra_main(command, [*paths, "--cfg", "all", *combination], lambda cfg: None)
+        overrides.refuse_code(text.getvalue(), paths[-1] if paths else "hydra.searchpath")
+
+
+def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
+    """One job: what Hydra calls, in this process or in a launcher's worker.
+
+    Args:
+        command: a key of ``COMMANDS``.
+        recorded: overrides that were put in front of those typed.
+        cfg: the composed configuration.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from mucs_cli.stages.context import Context
+
+    job = HydraConfig.get()
+    task_overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # ${...} in them is text here
+    typed = [str(override) for override in task_overrides if override not in recorded]
+    try:
+        if issubclass(COMMANDS[command].schema, PipelineConfig):
+            from mucs_cli import runtime
+
+            runtime.set_up_logging()
+            runtime.keep_freed_memory()
+            if job.mode == RunMode.MULTIRUN:
+                runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
+        context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
+        importlib.import_module(f"mucs_cli.stages.{command}").run(context)
+    except UserError as error:
+        raise CommandFailed(str(error)) from None
+    except Exception as error:
+        error.__dict__["raised_by_command"] = True
+        if multiprocessing.parent_process() is not None:  # the way back to the main process drops the traceback
+            error.add_note(traceback.format_exc())
+        raise
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+def shell_completion(arguments: list[str]) -> None:
+    """``-sc install=bash`` prints the shell's half, ``-sc query=bash`` answers it, with nothing for an unknown line."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    def forward(command: str) -> None:
+        hydra_main(command, ["-sc", *arguments], lambda cfg: None)
+
+    if arguments and arguments[0].startswith("query="):
+        with contextlib.suppress(HydraException, OmegaConfBaseException, ValueError):
+            completion.complete(forward)
+    elif arguments and arguments[0] in ("install=bash", "uninstall=bash"):
+        forward(next(iter(COMMANDS)))
+    else:
+        raise UserError(
+            "-sc", f"got {' '.join(arguments) or 'nothing'}; expected install=bash. Run mucs -sc install=bash."
+        )

@@ -1,0 +1,223 @@
+"""What may be typed after a command: which keys and choices it knows, and what is refused before Hydra composes.
+
+Errors are found here, from the schemas, rather than read out of Hydra's messages; what only composing can find (a wrong
+type, a user's own file) is translated by ``as_user_error``.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig, known_keys, sections_of, type_name
+from mucs_cli.errors import UserError, did_you_mean
+
+Groups = Mapping[str, list[str]]
+"""Config group -> its options."""
+
+HYDRAS_OWN = {
+    "_target_": {
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+        "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+    },
+    "class": {"logging.StreamHandler", "logging.FileHandler"},
+    "()": set[str](),
+}
+"""Keys that name code to run -> the whole names that may stand there (a prefix would let others through)."""
+
+CODE = re.compile(r"(?<!\w)(_target_|oc\.decode|oc\.create)(?!\w)|hydra[./](callbacks|job_logging|hydra_logging)(?!\w)")
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Parsed overrides.
+
+    Raises:
+        UserError: one is not ``key=value``, in Hydra's grammar.
+    """
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise UserError(
+            error.override,
+            f"cannot be read ({str(error).splitlines()[0]}); expected key=value. "
+            "Put a value with special characters in quotes of its own: 'key=\"a value\"'.",
+        ) from error
+    for override in parsed:
+        if not override.key_or_group:
+            raise UserError(str(override.input_line), "got no key; expected key=value. Name the key.")
+    return parsed
+
+
+def check(command: str, overrides: list[Override], groups: Groups, sweeps: bool) -> None:
+    """Refuses what this command does not know or use, and what would run code.
+
+    Args:
+        command: a key of ``COMMANDS``.
+        overrides: as typed.
+        groups: the groups and options there are.
+        sweeps: whether a key may have several values (``-m``).
+
+    Raises:
+        UserError: naming the override, with the nearest key or choice.
+    """
+    for override in overrides:
+        if CODE.search(str(override.input_line)):
+            raise UserError(str(override.input_line), "is refused: it can run code or change the log. Leave it out.")
+        key = override.key_or_group
+        if re.split(r"[./]", key)[0] == "hydra":
+            continue
+        if override.is_delete():
+            raise UserError(
+                str(override.input_line), "got a deletion; expected key=value. Set the key to null instead."
+            )
+        if override.is_sweep_override() and not sweeps:
+            raise UserError(
+                key, "got several values; expected one. Add -m for one job a value, or write a list as [1,2]."
+            )
+        for name in leaves(override):
+            check_key(command, name, override, groups)
+        if key in groups and not isinstance(override.value(), dict):
+            check_choice(override, groups)
+
+
+def leaves(override: Override) -> list[str]:
+    """The keys an override sets: one, or those of a dictionary."""
+    value = override.value()
+    return [f"{override.key_or_group}.{key}" for key in value] if isinstance(value, dict) else [override.key_or_group]
+
+
+def check_key(command: str, key: str, override: Override, groups: Groups) -> None:
+    if key in words(command, groups):
+        if override.is_add() and not override.is_force_add() and key not in own_groups(groups):
+            raise UserError(str(override.input_line), f"got +; {key} is there already. Remove the +.")
+        return
+    users = [name for name in COMMANDS if key in words(name, groups)]
+    if users:
+        raise UserError(key, f"mucs {command} does not use it; give it to mucs {users[0]}.")
+    same_leaf = [word for word in words(command, groups) if word.endswith(f".{key.split('.')[-1]}")]
+    near = f" Did you mean '{same_leaf[0]}'?" if same_leaf else did_you_mean(key, words(command, groups))
+    raise UserError(key, f"no such key of mucs {command}.{near or f' See mucs {command} --help.'}")
+
+
+def words(command: str, groups: Groups) -> list[str]:
+    """The keys and groups that may be typed after a command: its own, and those an earlier stage decided."""
+    schema, stages = COMMANDS[command].schema, list(COMMANDS)
+    earlier = [section for stage in stages[: stages.index(command)] for section in COMMANDS[stage].owns]
+    usable = {*COMMANDS[command].sections, *earlier}
+    keys = [key for key in known_keys(schema) if "." not in key or key.split(".")[0] in usable]
+    if issubclass(schema, PipelineConfig):
+        keys += [group for group in groups if group in usable or group == "experiment"] + own_groups(groups)
+    return keys
+
+
+def own_groups(groups: Groups) -> list[str]:
+    """Groups that only the user's configuration folder has."""
+    return [group for group in groups if group != "experiment" and group not in sections_of(PipelineConfig)]
+
+
+def check_choice(override: Override, groups: Groups) -> None:
+    group, options = override.key_or_group, groups[override.key_or_group]
+    for value in values_of(override):
+        for choice in value if isinstance(value, list) else [value]:
+            if choice is not None and choice not in options:
+                expected = f"expected {', '.join(options)}.{did_you_mean(str(choice), options)}"
+                raise UserError(group, f"got {choice!r}; {expected}")
+
+
+def values_of(override: Override) -> list[Any]:
+    """The values of an override: one, or those of a sweep."""
+    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+
+
+# --- a user's own configuration folder -------------------------------------------------------------------------------
+
+
+def without_sweeps(overrides: list[Override], groups: Groups) -> Iterator[list[str]]:
+    """Each combination of the groups that are swept; swept values, which cannot bring in a file, are left out."""
+    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    swept = [
+        [f"{o.input_line.split('=')[0]}={value}" for value in o.sweep_string_iterator()]
+        for o in overrides
+        if o.is_sweep_override() and o.key_or_group in groups and o.input_line
+    ]
+    for combination in itertools.product(*swept):
+        yield [*fixed, *combination]
+
+
+def refuse_code(text: str, folder: str) -> None:
+    """Refuses a composed configuration, as YAML, that names code to run other than Hydra's own.
+
+    Raises:
+        UserError: naming the key.
+    """
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, str) and (found := CODE.search(node)) and not path.startswith("hydra.help"):
+            raise UserError(path, f"{folder} gives it {found.group()}, which can run code. Leave it out.")
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            where = f"{path}.{key}" if path else str(key)
+            if key in HYDRAS_OWN and value not in HYDRAS_OWN[key]:
+                raise UserError(where, f"{folder} gives it {value!r}, which can run code. Leave it out.")
+            walk(value, where)
+
+    walk(yaml.safe_load(text), "")
+
+
+# --- errors that only composing finds --------------------------------------------------------------------------------
+
+
+def as_user_error(error: Exception, command: str, overrides: list[Override]) -> UserError:
+    """One line for what Hydra, OmegaConf or the YAML reader found while composing."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
+        return UserError(where, f"got invalid YAML ({error.problem}); expected key: value lines. Correct the file.")
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
+        return UserError(str(error.filename), f"cannot be used ({error.strerror}). Choose another run= or folder.")
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    key = getattr(cause, "full_key", None)
+    if isinstance(cause, OmegaConfBaseException) and key:
+        return composing_error(cause, str(key), source(error), command, overrides)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MissingConfigException):
+        return UserError("configuration", f"{lines[0]}. Name an existing one: mucs {command} --info.")
+    return UserError("configuration", f"{lines[0] if lines else repr(error)}. See mucs {command} --help.")
+
+
+def source(error: Exception) -> str:
+    """`` (in experiment/mine)`` where Hydra says which file the error is in."""
+    found = re.match(r"In '([^']+)'", str(error))
+    return f" (in {found.group(1)})" if found else ""
+
+
+def composing_error(
+    cause: OmegaConfBaseException, key: str, where: str, command: str, overrides: list[Override]
+) -> UserError:
+    known = known_keys(COMMANDS[command].schema)
+    section, _, leaf = key.partition(".")
+    typed = [override.value() for override in overrides if override.key_or_group == key]
+    got = f"got {typed[0]!r}; " if typed else ""
+    if isinstance(cause, ConfigKeyError | AttributeError):
+        kinds = [name for name, schema in SECTION_SCHEMAS.get(section, {}).items() if leaf in names(schema)]
+        if kinds:
+            return UserError(key, f"{got}only {' or '.join(f'{section}={kind}' for kind in kinds)} has it. Add that.")
+        near = " See mucs --hydra-help." if section == "hydra" else did_you_mean(key, known)
+        return UserError(key, f"no such key{where}.{near}")
+    if key in known:
+        entry = known[key]
+        return UserError(key, f"{got}expected {type_name(entry)}{where}: {entry.metadata['meaning']}.")
+    return UserError(key, f"{got}{str(cause).splitlines()[0]}{where}. See mucs {command} --help.")
+
+
+def names(schema: type) -> list[str]:
+    return [entry.name for entry in fields(schema)]

@@ -1,0 +1,30 @@
+"""``mucs run``: the stages listed in the configuration, in order; each says by itself what is up to date."""
+
+import importlib
+import time
+
+from mucs_cli.runtime import log
+from mucs_cli.stages.context import Context
+
+SHOWN = 5
+"""Training images printed for each query."""
+
+
+def run(context: Context) -> None:
+    """Runs the stages, then prints each query's top training images and where to look."""
+    started = time.monotonic()
+    for stage in context.config.stages:
+        importlib.import_module(f"mucs_cli.stages.{stage}").run(context.for_stage(stage))
+    if (context.run / "score").exists():
+        # the summary needs scores; stages=[train,sample] leaves none
+        from mucs_cli.stages.show import print_top
+
+        print_top(context.run, min(SHOWN, context.config.report.k))
+    for what, path in (
+        ("report", context.folder("report", "index.html")),
+        ("picture", context.folder("report", "top.png")),
+        ("queries", context.folder("sample", "grid.png")),
+    ):
+        if path.exists():
+            print(f"{what + ':':<9}{path}")
+    log.info("run: %.0f seconds", time.monotonic() - started)

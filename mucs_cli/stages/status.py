@@ -1,0 +1,180 @@
+"""``mucs status``: the stages found in a run's folder, their state and size, and what can be computed again.
+
+Reads JSON and file sizes only: no tensor is opened and torch is not needed.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mucs_cli.errors import UserError
+from mucs_cli.stages.context import Context
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table.
+
+    Args:
+        name: the stage's folder, relative to the run.
+        state: done, unfinished (with progress where it is known) or absent.
+        when: end of the stage, ISO 8601, UTC; empty unless done.
+        seconds: how long it took; None unless done.
+        size: bytes on disk.
+        cleanable: files and folders that can be computed again.
+    """
+
+    name: str
+    state: str
+    when: str
+    seconds: float | None
+    size: int
+    cleanable: tuple[Path, ...]
+
+
+def run(context: Context) -> None:
+    """Prints the table; with ``clean=true`` first deletes what can be computed again.
+
+    Raises:
+        UserError: there is no such run, or a file cannot be deleted.
+    """
+    if not context.run.is_dir():
+        raise UserError("run", f"got {context.run}; expected the folder of a run. Make one: mucs run run={context.run}")
+    console = Console(highlight=False, soft_wrap=True)
+    entries = list(entries_of(context.run))
+    if context.config.clean:
+        freed = clean([path for entry in entries for path in entry.cleanable])
+        console.print(f"deleted {bytes_text(freed)} ({freed} bytes) that can be computed again")
+        entries = list(entries_of(context.run))
+    console.print(table_of(context.run, entries))
+    spare = sum(size_of(path) for entry in entries for path in entry.cleanable)
+    if spare:
+        console.print(f"clean=true would delete {bytes_text(spare)} that can be computed again")
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+def entries_of(run: Path) -> Iterator[Entry]:
+    """The stages of a run, in the order in which they are made."""
+    bases = sorted((run / "score" / "_base").glob("*/"))
+    variants = [path for path in sorted((run / "score").glob("*/")) if path.name != "_base"]
+    unlearned = sorted((run / "unlearn").glob("*/"))
+    yield entry_of(run, run / "data", [run / "data" / "images.safetensors"])
+    yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
+    yield entry_of(run, run / "sample", [])
+    for folder in unlearned or [run / "unlearn"]:
+        yield entry_of(run, folder, [])
+    yield entry_of(run, run / "noise_bank", [])
+    for folder in bases:
+        yield entry_of(run, folder, [folder])
+    for folder in variants or [run / "score"]:
+        yield entry_of(run, folder, [])
+    yield entry_of(run, run / "report", [])
+
+
+def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
+    """One stage's folder.
+
+    Args:
+        run: the run's folder.
+        folder: the stage's.
+        again: what can be computed again once the stage is done; leftovers of block files are added.
+    """
+    manifest = read(folder / "manifest.json")
+    done = bool(manifest) or (folder.name == "noise_bank" and any(folder.glob("*.safetensors")))
+    if done:
+        leftovers = [path for pattern in ("*.partial", "*.journal") for path in sorted(folder.rglob(pattern))]
+        kept = [path for path in leftovers if not any(parent in again for parent in path.parents)]
+        cleanable = tuple(path for path in [*again, *kept] if path.exists())
+    else:
+        cleanable = ()
+    return Entry(
+        name=folder.relative_to(run).as_posix(),
+        state="done" if done else progress_of(folder),
+        when=str(manifest.get("ended", "")),
+        seconds=manifest.get("seconds"),
+        size=size_of(folder),
+        cleanable=cleanable,
+    )
+
+
+def progress_of(folder: Path) -> str:
+    """``absent``, or ``unfinished`` with what its state.json and finished blocks tell."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return "absent"
+    state = read(folder / "state.json")
+    step, blocks = state.get("step"), 0
+    for journal in folder.rglob("*.journal"):
+        blocks += max(0, len(journal.read_text(encoding="utf-8").splitlines()) - 1)  # the first line is the identity
+    if step is not None:
+        return f"unfinished, step {step}"
+    return f"unfinished, {blocks} blocks" if blocks else "unfinished"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file or none that can be read: the table still shows the rest."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 where there is nothing."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+# --- what is done with it --------------------------------------------------------------------------------------------
+
+
+def clean(paths: list[Path]) -> int:
+    """Deletes files and folders; returns the bytes freed."""
+    freed = 0
+    for path in paths:
+        size = size_of(path)
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            raise UserError(str(path), f"cannot be deleted ({error.strerror}). Change its permissions.") from error
+        freed += size
+    return freed
+
+
+def table_of(run: Path, entries: list[Entry]) -> Table:
+    table = Table(title=str(run), title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "state", "ended (UTC)"):
+        table.add_column(column, no_wrap=True)
+    for column in ("seconds", "size", "can be cleaned"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for entry in entries:
+        spare = sum(size_of(path) for path in entry.cleanable)
+        table.add_row(
+            entry.name,
+            entry.state,
+            entry.when.removesuffix("+00:00").replace("T", " "),
+            "" if entry.seconds is None else f"{entry.seconds:.1f}",
+            bytes_text(entry.size) if entry.size else "",
+            bytes_text(spare) if spare else "",
+        )
+    return table
+
+
+def bytes_text(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
