@@ -234,8 +234,9 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
     from mucs_cli.stages.context import Context
 
     job = HydraConfig.get()
-    task_overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # ${...} in them is text here
-    typed = [str(override) for override in task_overrides if override not in recorded]
+    task = OmegaConf.to_container(job.overrides.task, resolve=False)  # ${...} in an override is text here
+    assert isinstance(task, list)
+    typed = [str(override) for override in task if override not in recorded]
     try:
         if issubclass(COMMANDS[command].schema, PipelineConfig):
             from mucs_cli import runtime

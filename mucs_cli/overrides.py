@@ -36,7 +36,11 @@ HYDRAS_OWN = {
 }
 """Keys that name code to run -> the whole names that may stand there (a prefix would let others through)."""
 
-CODE = re.compile(r"(?<!\w)(_target_|oc\.decode|oc\.create)(?!\w)|hydra[./](callbacks|job_logging|hydra_logging)(?!\w)")
+CODE = re.compile(r"(?<!\w)(_target_|oc\.decode|oc\.create)(?!\w)")
+"""What can name code in a value; the resolvers build a mapping out of text."""
+
+CLOSED = re.compile(r"hydra[./](callbacks|job_logging|hydra_logging)(?!\w)")
+"""Hydra's settings that run code by themselves, or would take the log away."""
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -72,7 +76,7 @@ def check(command: str, overrides: list[Override], groups: Groups, sweeps: bool)
         UserError: naming the override, with the nearest key or choice.
     """
     for override in overrides:
-        if CODE.search(str(override.input_line)):
+        if CODE.search(str(override.input_line)) or CLOSED.search(str(override.input_line)):
             raise UserError(str(override.input_line), "is refused: it can run code or change the log. Leave it out.")
         key = override.key_or_group
         if re.split(r"[./]", key)[0] == "hydra":
@@ -163,7 +167,7 @@ def refuse_code(text: str, folder: str) -> None:
     """
 
     def walk(node: Any, path: str) -> None:
-        if isinstance(node, str) and (found := CODE.search(node)) and not path.startswith("hydra.help"):
+        if isinstance(node, str) and (found := CODE.search(node)):
             raise UserError(path, f"{folder} gives it {found.group()}, which can run code. Leave it out.")
         for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
             where = f"{path}.{key}" if path else str(key)
@@ -184,17 +188,21 @@ def as_user_error(error: Exception, command: str, overrides: list[Override]) -> 
         return UserError(where, f"got invalid YAML ({error.problem}); expected key: value lines. Correct the file.")
     if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
         return UserError(str(error.filename), f"cannot be used ({error.strerror}). Choose another run= or folder.")
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
-    key = getattr(cause, "full_key", None)
-    if isinstance(cause, OmegaConfBaseException) and key:
-        return composing_error(cause, str(key), source(error), command, overrides)
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in reversed(chain):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            where = next((found for link in chain if (found := source(link))), "")
+            return composing_error(cause, str(cause.full_key), where, command, overrides)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MissingConfigException):
-        return UserError("configuration", f"{lines[0]}. Name an existing one: mucs {command} --info.")
+        options = ", ".join(lines[2:]).split(", Config search path")[0]
+        return UserError("configuration", f"{lines[0]}; expected {options}. Name an existing one.")
     return UserError("configuration", f"{lines[0] if lines else repr(error)}. See mucs {command} --help.")
 
 
-def source(error: Exception) -> str:
+def source(error: BaseException) -> str:
     """`` (in experiment/mine)`` where Hydra says which file the error is in."""
     found = re.match(r"In '([^']+)'", str(error))
     return f" (in {found.group(1)})" if found else ""

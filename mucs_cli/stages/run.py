@@ -5,6 +5,7 @@ import time
 
 from mucs_cli.runtime import log
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.show import print_top
 
 SHOWN = 5
 """Training images printed for each query."""
@@ -15,10 +16,7 @@ def run(context: Context) -> None:
     started = time.monotonic()
     for stage in context.config.stages:
         importlib.import_module(f"mucs_cli.stages.{stage}").run(context.for_stage(stage))
-    if (context.run / "score").exists():
-        # the summary needs scores; stages=[train,sample] leaves none
-        from mucs_cli.stages.show import print_top
-
+    if "score" in context.config.stages:
         print_top(context.run, min(SHOWN, context.config.report.k))
     for what, path in (
         ("report", context.folder("report", "index.html")),

@@ -5,6 +5,7 @@ Reads JSON and file sizes only: no tensor is opened and torch is not needed.
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from rich.table import Table
 
 from mucs_cli.errors import UserError
 from mucs_cli.stages.context import Context
+
+PIPE_WIDTH = 160
+"""Columns where stdout is no terminal: enough that no cell is cut."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def run(context: Context) -> None:
     """
     if not context.run.is_dir():
         raise UserError("run", f"got {context.run}; expected the folder of a run. Make one: mucs run run={context.run}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     entries = list(entries_of(context.run))
     if context.config.clean:
         freed = clean([path for entry in entries for path in entry.cleanable])
@@ -155,7 +159,8 @@ def clean(paths: list[Path]) -> int:
 
 def table_of(run: Path, entries: list[Entry]) -> Table:
     table = Table(title=str(run), title_justify="left", box=None, pad_edge=False)
-    for column in ("stage", "state", "ended (UTC)"):
+    table.add_column("stage", overflow="fold")
+    for column in ("state", "ended (UTC)"):
         table.add_column(column, no_wrap=True)
     for column in ("seconds", "size", "can be cleaned"):
         table.add_column(column, justify="right", no_wrap=True)
