@@ -1,36 +1,58 @@
 """A trained denoiser on disk: the network as diffusers saves it, and ``denoiser.json`` for the preconditioning."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mucs_cli.artifacts import read_json, read_tensors, write_json, write_tensors
-from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.ddpm import DDPMDenoiser
+from mucs_cli.diffusion.denoiser import Denoiser, EDMDenoiser
+from mucs_cli.diffusion.networks import DiT, Network, UNet
+from mucs_cli.diffusion.vp import VPDenoiser
 from mucs_cli.errors import UserError
 
 NETWORKS: dict[str, type[DiT] | type[UNet]] = {"DiT": DiT, "UNet": UNet}
+PRECONDITIONINGS: dict[str, type[EDMDenoiser] | type[VPDenoiser] | type[DDPMDenoiser]] = {
+    "edm": EDMDenoiser,
+    "vp": VPDenoiser,
+    "ddpm": DDPMDenoiser,
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' own file name, so that ``from_pretrained`` of the network's class reads the folder."""
 
 
-def save_denoiser(folder: Path, denoiser: EDMDenoiser, weights: dict[str, Tensor]) -> list[Path]:
+def precondition(network: Network, facts: Mapping[str, Any], subject: str) -> Denoiser:
+    """The denoiser of ``network`` that ``facts`` describes, see ``Denoiser.facts``.
+
+    Args:
+        network: made with the preconditioning's ``timestep_scale`` where it is one of ours.
+        facts: ``preconditioning``, one of edm, vp, ddpm, and its numbers.
+        subject: the key or file that the facts come from, for the error.
+    Raises:
+        UserError: the facts describe no denoiser.
+    """
+    name = facts.get("preconditioning")
+    if name not in PRECONDITIONINGS:
+        raise UserError(subject, f"got preconditioning {name!r}; expected one of {', '.join(PRECONDITIONINGS)}.")
+    try:
+        return PRECONDITIONINGS[name].from_facts(network, facts)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(subject, f"got an impossible {name} preconditioning: {error}. Correct it.") from error
+
+
+def save_denoiser(folder: Path, denoiser: Denoiser, weights: dict[str, Tensor]) -> list[Path]:
     """Writes the network's configuration, ``weights`` and the preconditioning; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     denoiser.network.save_config(folder)
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
-    facts = {
-        "preconditioning": "edm",
-        "sigma_data": denoiser.sigma_data,
-        "p_mean": denoiser.p_mean,
-        "p_std": denoiser.p_std,
-    }
-    write_json(folder / "denoiser.json", facts)
+    write_json(folder / "denoiser.json", denoiser.facts())
     return [folder / "config.json", folder / WEIGHTS, folder / "denoiser.json"]
 
 
-def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None = None) -> EDMDenoiser:
+def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None = None) -> Denoiser:
     """The denoiser saved in ``folder``, in evaluation mode, on the CPU.
 
     Args:
@@ -40,17 +62,23 @@ def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None 
     Raises:
         UserError: a file is missing, truncated or of another kind, or the weights do not fit the configuration.
     """
+    network = build_network(folder)
+    path = weights or folder / WEIGHTS
+    load_weights(network, read_tensors(path, sha256), path)
+    facts = folder / "denoiser.json"
+    return precondition(network.eval(), read_json(facts), str(facts))
+
+
+def build_network(folder: Path) -> DiT | UNet:
+    """The network of a saved denoiser, freshly initialised from the global random state."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
     if name not in NETWORKS:
         raise UserError(
             str(folder / "config.json"), f"got a {name}; expected a network trained by mucs ({', '.join(NETWORKS)})."
         )
-    network = NETWORKS[name].from_config(config)
-    path = weights or folder / WEIGHTS
-    load_weights(network, read_tensors(path, sha256), path)
-    facts = read_json(folder / "denoiser.json")
-    return EDMDenoiser(network.eval(), facts["sigma_data"], facts["p_mean"], facts["p_std"])
+    network: DiT | UNet = NETWORKS[name].from_config(config)
+    return network
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -3,7 +3,8 @@
 Both are conditioned on the noise level, a label or a vector, and an augmentation. Both are diffusers models
 (``save_pretrained`` and ``from_pretrained`` work) and share one call:
 ``network(sample, timestep, condition, augmentation) -> [B, C, H, W]``, where ``timestep`` is the
-denoiser's ``c_noise`` (any real number per example, [B], or one for the whole batch, [1]).
+denoiser's ``c_noise`` (any real number per example, [B], or one for the whole batch, [1]). Networks of diffusers' own
+checkpoints offer the same call, in ``pretrained_networks.py``.
 
 The DiT is our own because diffusers' ``DiTTransformer2DModel`` conditions on labels only, and draws its label dropout
 from the global random state. Peebles and Xie, arXiv 2212.09748; parameter names follow diffusers.
@@ -19,9 +20,6 @@ from torch.nn import functional as F
 
 AUGMENTATION_DIM = 9
 """Length of an EDM augmentation vector (Karras et al., arXiv 2206.00364, appendix F.2)."""
-
-TIMESTEP_SCALE = 250.0
-"""c_noise = ln(sigma)/4 spans about 2.6; sinusoids made for timesteps 0..1000 need a comparable range to resolve it."""
 
 
 def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
@@ -74,7 +72,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Dropout(dropout), nn.Linear(hidden, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.net[0].proj(x), approximate="tanh")
+        x = F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh")
         return self.net[2](self.net[1](x))
 
 
@@ -117,7 +115,10 @@ class TransformerBlock(nn.Module):
 
 
 class Network(ModelMixin, ConfigMixin):
-    """What both networks share: their conditions, and how they are saved."""
+    """What all networks share: their conditions, and how they are saved."""
+
+    has_null_condition = True
+    """Whether a conditional network can also be asked without its condition, as guidance needs."""
 
     zero_initialised_head: bool
     """Whether the output is exactly zero before training, so that the null loss has a closed form."""
@@ -139,7 +140,13 @@ class Network(ModelMixin, ConfigMixin):
         return bool(self.num_classes or self.condition_dim)
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        """The condition that stands for "none", in the shape of ``condition``: label ``num_classes``, or zeros."""
+        """The condition that stands for "none", in the shape of ``condition``: label ``num_classes``, or zeros.
+
+        Raises:
+            ValueError: the network was made without one.
+        """
+        if not self.has_null_condition:
+            raise ValueError("the network has no null condition")
         return torch.full_like(condition, self.num_classes) if self.num_classes else torch.zeros_like(condition)
 
     def _add_conditions(self, num_classes: int, condition_dim: int, augmentation_dim: int, width: int) -> None:
@@ -163,6 +170,7 @@ class DiT(Network):
         num_classes: labels 0..num_classes-1, and ``num_classes`` for "no label"; 0 for an unconditional network.
         condition_dim: length of a vector condition; 0 for none. At most one of the two is non-zero.
         augmentation_dim: length of the augmentation vector; 0 if the network is trained without augmentation.
+        timestep_scale: c_noise is multiplied by it before its sinusoids; the preconditioning's own.
     """
 
     zero_initialised_head = True
@@ -181,6 +189,7 @@ class DiT(Network):
         num_classes: int = 0,
         condition_dim: int = 0,
         augmentation_dim: int = 0,
+        timestep_scale: float = 250.0,
     ):
         super().__init__()
         self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
@@ -197,12 +206,14 @@ class DiT(Network):
             nn.init.zeros_(layer.bias)
         self.register_buffer("positions", position_table(sample_size // patch_size, width), persistent=False)
         self.sample_size, self.in_channels, self.patch_size = sample_size, in_channels, patch_size
+        self.timestep_scale = timestep_scale
 
     def forward(
         self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
         """sample: [B, C, H, W]; timestep: c_noise, [B] or [1]; condition: [B] labels or [B, d]; gives [B, C, H, W]."""
-        embedding = self.time_embed(sinusoidal_embedding(timestep * TIMESTEP_SCALE, 256))
+        position = timestep.to(sample.dtype) * self.timestep_scale
+        embedding = self.time_embed(sinusoidal_embedding(position, 256))
         conditional = self.condition_embed(condition)
         if conditional is not None:
             embedding = embedding + conditional
@@ -239,7 +250,7 @@ class UNet(Network):
         attention_resolutions: sides, in pixels, of the levels that have self-attention.
         dropout: probability in [0, 1), inside the residual blocks; training only.
         norm_groups: groups of every group norm.
-        num_classes, condition_dim, augmentation_dim: as in ``DiT``.
+        num_classes, condition_dim, augmentation_dim, timestep_scale: as in ``DiT``.
     """
 
     zero_initialised_head = False
@@ -258,6 +269,7 @@ class UNet(Network):
         num_classes: int = 0,
         condition_dim: int = 0,
         augmentation_dim: int = 0,
+        timestep_scale: float = 250.0,
     ):
         super().__init__()
         attends = [sample_size // 2**level in attention_resolutions for level in range(len(multipliers))]
@@ -277,6 +289,7 @@ class UNet(Network):
             time_embedding_type="positional",
             class_embed_type="identity" if num_classes or condition_dim or augmentation_dim else None,
         )
+        self.timestep_scale = timestep_scale
 
     def forward(
         self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None, augmentation: Tensor | None = None
@@ -288,5 +301,5 @@ class UNet(Network):
                 augmentation = sample.new_zeros(len(sample), self.augmentation_embed.in_features)
             extra = self.augmentation_embed(augmentation)
             embedding = extra if embedding is None else embedding + extra
-        timestep = (timestep * TIMESTEP_SCALE).expand(len(sample))
+        timestep = (timestep.to(sample.dtype) * self.timestep_scale).expand(len(sample))
         return self.unet(sample, timestep, class_labels=embedding, return_dict=False)[0]

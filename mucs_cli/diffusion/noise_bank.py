@@ -5,6 +5,7 @@ arXiv 2605.17938). The bank depends on its settings and the image shape only.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,7 @@ def draw_noise_bank(
     sigma_max: float = 80.0,
     rho: float = 7.0,
     seed: int = 0,
+    nearest_sigma: Callable[[Tensor], Tensor] | None = None,
 ) -> NoiseBank:
     """Draws a bank on the CPU.
 
@@ -74,8 +76,13 @@ def draw_noise_bank(
         image_shape: (C, H, W).
         grid, sigma_min, sigma_max, rho: noise levels, see ``grid_positions`` and ``karras_sigmas``.
         seed: the noise of grid index j comes from the stream ("noise", j), whatever n and the order are.
+        nearest_sigma: the denoiser's own; maps the grid to levels the model can take, so that several draws may share
+            one. None for a model that takes every level.
     """
-    sigma = karras_sigmas(grid_positions(num_draws, grid), sigma_min, sigma_max, rho).float()
+    sigma = karras_sigmas(grid_positions(num_draws, grid), sigma_min, sigma_max, rho)
+    if nearest_sigma is not None:
+        sigma = nearest_sigma(sigma)
+    sigma = sigma.float()
     order = spanning_order(num_draws)
     noise = torch.stack([torch.randn(image_shape, generator=generator(seed, "noise", j)) for j in order])
     return NoiseBank(sigma[order], noise)
