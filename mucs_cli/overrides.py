@@ -189,8 +189,8 @@ def as_user_error(error: Exception, command: str, overrides: list[Override]) -> 
     if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
         return UserError(str(error.filename), f"cannot be used ({error.strerror}). Choose another run= or folder.")
     chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
     for cause in reversed(chain):
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             where = next((found for link in chain if (found := source(link))), "")
@@ -213,8 +213,9 @@ def composing_error(
 ) -> UserError:
     known = known_keys(COMMANDS[command].schema)
     section, _, leaf = key.partition(".")
-    typed = [override.value() for override in overrides if override.key_or_group == key]
-    got = f"got {typed[0]!r}; " if typed else ""
+    typed = [repr(override.value()) for override in overrides if override.key_or_group == key]
+    typed += re.findall(r"^Value ('.*?') of type", str(cause))  # of a file
+    got = f"got {typed[0]}; " if typed else ""
     if isinstance(cause, ConfigKeyError | AttributeError):
         kinds = [name for name, schema in SECTION_SCHEMAS.get(section, {}).items() if leaf in names(schema)]
         if kinds:
