@@ -65,19 +65,67 @@ class DigitsConfig(DataConfig):
 
 
 @dataclass
-class ImageFolderConfig(DataConfig):
-    name: str = option("image_folder", "kind of data set; set by data=")
-    path: str = option(MISSING, "folder of PNG or JPEG files, nested folders included")
-    labels: str = option(
-        "none", "none, or folder: the first folder below path is the class", choices=("none", "folder")
-    )
+class PictureConfig(DataConfig):
+    """Keys of every data set whose images are encoded pictures (PNG, JPEG, WebP, BMP, TIFF, GIF)."""
+
     image_size: int | None = option(
-        None, "side in pixels after resizing and centre crop; null: as they are, all of one size", minimum=2
+        None, "side in pixels after centre crop and resizing; null: as they are, all of one size", minimum=2
     )
     color: str = option(
-        "auto", "rgb, grayscale, or auto: grayscale if every file is", choices=("auto", "rgb", "grayscale")
+        "auto", "rgb, grayscale, or auto: grayscale if every picture is", choices=("auto", "rgb", "grayscale")
     )
-    verify: bool = option(False, "hash every file again instead of trusting size and time", affects_result=False)
+    background: str = option("white", "what shows through transparent pixels: white, black or #rrggbb")
+    max_pixels: int = option(
+        178_956_970, "pixels of a picture as stored, above which it is not decoded", minimum=1, maximum=178_956_970
+    )
+    on_error: str = option(
+        "stop", "a picture that cannot be read: stop, or skip (counted and listed)", choices=("stop", "skip")
+    )
+    verify: bool = option(False, "decode every picture again instead of trusting size and time", affects_result=False)
+
+
+@dataclass
+class ImageFolderConfig(PictureConfig):
+    name: str = option("image_folder", "kind of data set; set by data=")
+    path: str = option(MISSING, "folder of pictures, nested folders included; metadata.csv or .jsonl in it is read")
+    labels: str = option(
+        "none",
+        "none; folder: the first folder below path is the class; metadata: a column of the metadata file is",
+        choices=("none", "folder", "metadata"),
+    )
+    label_column: str = option("label", "labels=metadata: the column that holds the class")
+    num_classes: int | None = option(
+        None, "labels=metadata with whole numbers: how many classes there are; null: as found", minimum=1
+    )
+    condition_file: str | None = option(
+        None, "safetensors file with tensor condition, float32 [N, d] or [N, k, d]; relative to path, or to where you are"
+    )
+
+
+@dataclass
+class HuggingFaceConfig(PictureConfig):
+    name: str = option("huggingface", "kind of data set; set by data=")
+    path: str = option(
+        MISSING, "save_to_disk folder, parquet or arrow file or folder of them, imagefolder, or a name on the hub"
+    )
+    subset: str | None = option(None, "configuration of a data set on the hub; null: its default")
+    revision: str | None = option(None, "commit, tag or branch of a data set on the hub; null: the newest")
+    split: str = option("train", "which split")
+    image_column: str | None = option(None, "column of the images; null: the only one there is")
+    label_column: str | None = option(None, "column of the classes; null: the only ClassLabel column, if there is one")
+    num_classes: int | None = option(
+        None, "labels that are whole numbers: how many classes there are; null: as found", minimum=1
+    )
+    metadata_columns: list[str] | None = option(
+        None, "columns shown in scores and report; null: all of text, numbers and lists of them"
+    )
+    caption_column: str | None = option(
+        None, "column of the caption or captions that text_encoder embeds as the image's condition"
+    )
+    text_encoder: str | None = option(
+        None, "CLIP text model, a local folder or a name on the hub; null: captions are metadata only"
+    )
+    captions_per_image: int = option(5, "captions embedded an image; one with fewer repeats its own", minimum=1)
 
 
 @dataclass
@@ -305,7 +353,7 @@ VARIANT_SECTIONS = ("method", "unlearning", "noise_bank")
 """Sections whose values, where they differ from the run's own, name a variant."""
 
 SECTION_SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {"digits": DigitsConfig, "image_folder": ImageFolderConfig},
+    "data": {"digits": DigitsConfig, "image_folder": ImageFolderConfig, "huggingface": HuggingFaceConfig},
     "model": {"dit": DiTConfig, "unet": UNetConfig},
 }
 """Sections whose schema depends on their ``name``."""
