@@ -98,7 +98,7 @@ class ImageFolderConfig(PictureConfig):
         None, "labels=metadata with whole numbers: how many classes there are; null: as found", minimum=1
     )
     condition_file: str | None = option(
-        None, "safetensors file with tensor condition, float32 [N, d] or [N, k, d]; relative to path, or to where you are"
+        None, "safetensors file, tensor condition, float32 [N, d] or [N, k, d]; in path, or relative to where you are"
     )
 
 
