@@ -184,11 +184,15 @@ def absolute(path: str, cwd: Path) -> Path:
 
 
 def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:
-    """Plain values, with the paths of the sections made absolute: a later command may be typed in another folder."""
+    """Plain values, with the data's paths made absolute: a later command may be typed in another folder.
+
+    A name that can also be one on a hub (``uoft-cs/cifar10``) is a path where there is such a file or folder.
+    """
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
-    path = OmegaConf.select(cfg, "data.path", throw_on_missing=False)
-    if path is not None:
-        values["data"]["path"] = str(absolute(str(path), cwd))
+    for key in ("path", "text_encoder"):
+        path = OmegaConf.select(cfg, f"data.{key}", throw_on_missing=False)
+        if path is not None and (cfg.data.name == "image_folder" or absolute(str(path), cwd).exists()):
+            values["data"][key] = str(absolute(str(path), cwd))
     return values
 
 

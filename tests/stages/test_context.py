@@ -146,6 +146,13 @@ def test_relative_paths_start_where_the_command_was_typed(tmp_path: Path) -> Non
     assert create(second, "unlearn", f"run={first / 'r'}").config.data.path == str(first / "pictures")
 
 
+def test_a_name_on_a_hub_is_no_path(tmp_path: Path) -> None:
+    overrides = ("run=r", "data=huggingface", "data.path=owner/pictures")
+    assert create(tmp_path, "train", *overrides).config.data.path == "owner/pictures"
+    (tmp_path / "owner" / "pictures").mkdir(parents=True)
+    assert create(tmp_path, "train", *overrides).config.data.path == str(tmp_path / "owner" / "pictures")
+
+
 def test_run_json_is_written_by_the_first_stage_only(tmp_path: Path) -> None:
     context = create(tmp_path, "train", *SMALL)
     assert not (tmp_path / "r" / "run.json").exists()
