@@ -30,7 +30,7 @@ class LatentCodec:
 
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Tensor:
-        """The latent of images, without drawing from the posterior; the same for every batch it is encoded in.
+        """The latent of images: the posterior's mean, so that nothing is drawn.
 
         Args:
             image: [B, C, H, W] in [-1, 1], on the codec's device; H and W multiples of ``factor``.
