@@ -172,7 +172,8 @@ def test_a_dit_pipeline_works_in_the_latents_of_its_autoencoder(layout, tmp_path
 
     image = torch.rand(2, 3, 8, 8) * 2 - 1
     encoded = model.codec.encode(image)
-    with torch.inference_mode():  # attention on the CPU rounds differently where gradients are recorded
+    codec.requires_grad_(False)  # torch's CPU kernels round differently for weights that could be trained
+    with torch.inference_mode():
         assert torch.equal(encoded, codec.encode(image).latent_dist.mode() * 0.3)
         assert torch.equal(model.codec.decode(encoded), codec.decode(encoded / 0.3).sample)
     with pytest.raises(ValueError, match="multiples of 2"):
