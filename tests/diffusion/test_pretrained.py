@@ -200,6 +200,20 @@ def test_half_precision_and_sharded_weights_are_read_in_float32(tmp_path):
         assert torch.equal(loaded(NOISE, TIMESTEP), network(NOISE, TIMESTEP).sample)
 
 
+def test_attention_weights_under_the_names_of_older_diffusers_are_read(tmp_path):
+    network = unet()
+    path = bare(tmp_path, network, DDPMScheduler(100)) / "diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        for new, old in older.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        tensors[name] = tensor
+    assert any("proj_attn" in name for name in tensors)
+    save_file(tensors, path)
+    assert torch.equal(load_pretrained(tmp_path).denoiser.network(NOISE, TIMESTEP), network(NOISE, TIMESTEP).sample)
+
+
 @pytest.mark.parametrize(
     "name",
     [
