@@ -1,8 +1,10 @@
-"""The training images of a run: decoded once into a memory-mapped cache, indexed, split and fingerprinted.
+"""The training images of a run on disk: decoded once into a memory-mapped cache, indexed, split and fingerprinted.
 
 ``<run>/data/`` holds ``index.csv`` (example_id, file, sha256, split, metadata columns), ``images.safetensors`` (uint8
-[N, C, H, W]) and ``manifest.json``. A later load maps the cache where the source still is what the manifest says. Where
-it may have changed, or the cache was cleaned, the images are decoded again and each is held against the index.
+[N, C, H, W]), ``conditions.safetensors`` (float32 [N, k, d], where the data has vectors) and ``manifest.json``, which
+lists what was skipped. A later load maps these files where the source's state is what the manifest says, and opens
+nothing else. Where the source may have changed, or the cache was cleaned, the images are decoded again and each is held
+against the index.
 """
 
 import fcntl
@@ -10,26 +12,27 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor
-from mucs_cli.config import DataConfig, DigitsConfig, ImageFolderConfig, result_config
-from mucs_cli.data.record import MismatchError, Record, write_index
+from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, sha256_file
+from mucs_cli.config import DataConfig, DigitsConfig, HuggingFaceConfig, ImageFolderConfig, PictureConfig, result_config
+from mucs_cli.data.images import ImageDataset, block_size
+from mucs_cli.data.record import CACHE, CONDITIONS, INDEX, MismatchError, Record, write_index
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
 
-CACHE = "images.safetensors"
-BLOCK_BYTES = 16 * 2**20
-"""Raw pixels decoded, or read back for statistics, at once."""
+__all__ = ["ImageDataset", "dataset_fingerprint", "draw_training", "load_dataset", "open_source"]
+
+CONDITIONS_AT_ONCE = 1024
+"""Images whose vectors are read, or computed, at once."""
+NAMED_AT_MOST = 5
+"""Skipped files that the log names; the manifest has them all."""
 
 
 def open_source(config: DataConfig) -> Source:
@@ -42,105 +45,11 @@ def open_source(config: DataConfig) -> Source:
         from mucs_cli.data.image_folder import ImageFolderSource
 
         return ImageFolderSource(config)
+    if isinstance(config, HuggingFaceConfig):
+        from mucs_cli.data.huggingface import HuggingFaceSource
+
+        return HuggingFaceSource(config)
     raise ValueError(f"no data set is called {config.name!r}")
-
-
-# --- in memory -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class ImageDataset:
-    """Images with stable ids; ``example_id`` is the position along the first axis of ``raw``.
-
-    Attributes:
-        raw: uint8 [N, C, H, W], memory-mapped, read-only; pixel = 2 * raw / levels - 1.
-        levels: largest raw value (255 for 8-bit files, 16 for the digits).
-        file: N relative POSIX paths, or names such as "digits[17]".
-        sha256: N hashes of the raw pixels with their shape; equal for exact copies.
-        label: int64 [N]; None without labels.
-        num_classes: 0 without labels.
-        class_names: the name of each label value.
-        metadata: further columns of N strings, shown in scores and report.
-        training: int64, sorted example_ids that are trained on and scored: all but the held-out ones.
-        facts: name, source, licence, citation.
-        fingerprint: SHA-256 of pixels, levels, ids, files, labels and split; not of where the folder lies.
-        folder: where the original files are; None where there are none.
-    """
-
-    raw: np.ndarray
-    levels: int
-    file: list[str]
-    sha256: list[str]
-    label: np.ndarray | None
-    num_classes: int
-    class_names: list[str]
-    metadata: dict[str, list[str]]
-    training: np.ndarray
-    facts: dict[str, str]
-    fingerprint: str
-    folder: Path | None
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def images(self, example_ids: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """float32 [B, C, H, W] in [-1, 1], exactly -1 for raw 0 and 1 for raw ``levels``."""
-        return to_pixels(np.asarray(self.raw[np.asarray(example_ids)]), self.levels)
-
-    def labels(self, example_ids: Sequence[int] | np.ndarray | Tensor) -> Tensor | None:
-        """int64 [B]; None without labels."""
-        return None if self.label is None else torch.from_numpy(self.label[np.asarray(example_ids)])
-
-    @property
-    def channels(self) -> int:
-        return int(self.raw.shape[1])
-
-    @property
-    def height(self) -> int:
-        return int(self.raw.shape[2])
-
-    @property
-    def width(self) -> int:
-        return int(self.raw.shape[3])
-
-    @property
-    def num_duplicates(self) -> int:
-        """How many images are exact copies of an earlier one."""
-        return len(self.sha256) - len(set(self.sha256))
-
-    @cached_property
-    def _raw_counts(self) -> np.ndarray:
-        """int64 [levels + 1]: how often each raw value occurs in the training images."""
-        counts = np.zeros(self.levels + 1, dtype=np.int64)
-        size = block_size(self.raw.shape[1:])
-        for start in range(0, len(self.training), size):
-            block = self.raw[self.training[start : start + size]]
-            counts += np.bincount(block.ravel(), minlength=self.levels + 1)
-        return counts
-
-    @property
-    def mean_square(self) -> float:
-        """m2 of the null loss: mean of pixel^2 over the training images, pixels in [-1, 1], in float64."""
-        pixel = 2 * np.arange(self.levels + 1) / self.levels - 1
-        return float(np.average(pixel**2, weights=self._raw_counts))
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over all pixels of the training images, in [-1, 1], in float64."""
-        pixel = 2 * np.arange(self.levels + 1) / self.levels - 1
-        mean = np.average(pixel, weights=self._raw_counts)
-        return float(np.sqrt(np.average((pixel - mean) ** 2, weights=self._raw_counts)))
-
-
-def to_pixels(raw: np.ndarray, levels: int) -> Tensor:
-    """float32 pixels, 2 * raw / levels - 1, of uint8 raw values of any shape."""
-    # Multiplied before divided: 2 * levels / levels is exactly 2, a reciprocal need not be.
-    return torch.from_numpy(raw).float().mul_(2).div_(levels).sub_(1)
-
-
-def block_size(shape: Sequence[int]) -> int:
-    """How many uint8 images of ``shape`` are handled at once."""
-    return max(1, BLOCK_BYTES // int(np.prod(shape)))
 
 
 def draw_training(num_images: int, holdout: int, seed: int) -> np.ndarray:
@@ -160,15 +69,19 @@ def draw_training(num_images: int, holdout: int, seed: int) -> np.ndarray:
 
 
 def dataset_fingerprint(
-    levels: int, file: Sequence[str], sha256: Sequence[str], label: np.ndarray | None, training: np.ndarray
+    levels: int,
+    file: Sequence[str],
+    sha256: Sequence[str],
+    label: np.ndarray | None,
+    training: np.ndarray,
+    condition_sha256: str | None = None,
 ) -> str:
-    """SHA-256 of what a data set is: raw values and their scale, ids, names, labels and split."""
-    return fingerprint(
-        "image dataset", levels, list(file), list(sha256), "no labels" if label is None else label, training
-    )
+    """SHA-256 of what a data set is: raw values and their scale, ids, names, labels, split, and conditions if any."""
+    parts = ["image dataset", levels, list(file), list(sha256), "no labels" if label is None else label, training]
+    return fingerprint(*parts, *([] if condition_sha256 is None else [condition_sha256]))
 
 
-# --- on disk ---------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> ImageDataset:
@@ -184,27 +97,33 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
     source = open_source(config)
     stage = Stage(run / "data", "data", {"config": {"data": identity(config)}}, overwrite)
     with locked(stage.folder):
-        dataset = None
+        record = None
         if stage.is_done():
             try:
-                dataset = load_known(config, source, stage)
+                record = load_known(config, source, stage)
             except MismatchError:
                 if not overwrite:
                     raise
                 shutil.rmtree(stage.folder)
-        if dataset is None:
+        if record is None:
             # No state.json: an attempt that failed here has computed nothing that another configuration would lose.
-            training = draw_training(len(source.files), config.holdout, config.seed)
-            dataset = decode_all(source, stage, training, None)
+            decode_all(config, source, stage, None)
+            record = Record.read(stage.folder)
+        dataset = assemble(source, record)
     if dataset.num_duplicates:
         log.info("data: %d of %d images are exact copies of an earlier one", dataset.num_duplicates, len(dataset))
+    if record.skipped:
+        names = ", ".join(record.skipped[:NAMED_AT_MOST]) + (", ..." if len(record.skipped) > NAMED_AT_MOST else "")
+        path = stage.folder / "manifest.json"
+        log.info("data: skipped %d pictures that cannot be read: %s (all in %s)", len(record.skipped), names, path)
     return dataset
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
-    """The keys that decide the data set. Not the folder's path: what is in it counts, and is compared by itself."""
+    """The keys that decide the data set. Not where it lies: what is in it counts, and is compared by itself."""
     values = result_config(config)
-    values.pop("path", None)
+    for key in ("path", "condition_file", "text_encoder"):
+        values.pop(key, None)
     if config.holdout == 0:
         values.pop("seed")
     return values
@@ -230,94 +149,185 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def load_known(config: DataConfig, source: Source, stage: Stage) -> ImageDataset:
-    """The data set of the run's manifest; decoded again where the cache is gone or the source looks changed.
+def load_known(config: DataConfig, source: Source, stage: Stage) -> Record:
+    """The record of a finished run, its cache in place: decoded again where it was cleaned or the source looks changed.
 
     Raises:
         MismatchError: the images differ from the run's, or a file of the run is damaged.
     """
     record = Record.read(stage.folder)
-    record.check_files(source)
     looks_changed = record.manifest["source"]["state"] != source.state
     is_cached = (stage.folder / CACHE).exists()
-    if is_cached and not looks_changed and not (isinstance(config, ImageFolderConfig) and config.verify):
-        record.check_cache()
-        return assemble(source, stage.folder, record.sha256, record.training)
+    if is_cached and not looks_changed and not (isinstance(config, PictureConfig) and config.verify):
+        record.check_caches()
+        return record
     if looks_changed:
-        log.info("data: sizes or times of the files are not those recorded; checking the pixels")
+        log.info("data: the files are not as old or as large as recorded; checking the pixels")
     elif not is_cached:
         log.info("data: the decoded images were cleaned; decoding them again")
-    return decode_all(source, stage, record.training, record)
+    decode_all(config, source, stage, record)
+    return Record.read(stage.folder)
 
 
-def decode_all(source: Source, stage: Stage, training: np.ndarray, record: Record | None) -> ImageDataset:
-    """Decodes every image into the cache, a block at a time, and writes index and manifest.
+def assemble(source: Source, record: Record) -> ImageDataset:
+    """The data set of a record whose cache is in place; the folder is the source's, which may have been moved."""
+    return ImageDataset(
+        raw=map_tensor(record.folder / CACHE, "image"),
+        levels=record.manifest["levels"],
+        file=record.file,
+        sha256=record.sha256,
+        label=record.label,
+        num_classes=len(record.class_names),
+        class_names=record.class_names,
+        metadata=record.metadata,
+        training=record.training,
+        facts={**record.manifest["facts"], "name": source.facts["name"], "source": source.facts["source"]},
+        fingerprint=record.manifest["fingerprint"],
+        folder=source.folder,
+        condition=map_tensor(record.folder / CONDITIONS, "condition") if record.has_conditions else None,
+    )
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode_all(config: DataConfig, source: Source, stage: Stage, record: Record | None) -> None:
+    """Decodes every image into the cache, a block at a time, and writes conditions, index and manifest.
 
     Args:
-        training: int64, sorted example_ids that are not held out.
-        record: what the run already holds, which the images must equal; None for a new run.
+        record: what the run already holds, which the data must equal; None for a new run.
     Raises:
-        MismatchError: an image differs from the record; the run's files are as before then.
+        MismatchError: the data differ from the record; the run's files are as before then.
         UserError: an image cannot be read, or the disk is full.
     """
-    num_images, shape = len(source.files), source.shape()
+    scratch = stage.folder / "scratch"
+    try:
+        source.open(scratch)
+        if record is not None:
+            record.check_listing(source)
+        else:
+            draw_training(len(source.files), config.holdout, config.seed)  # before anything long
+        shape = source.shape()
+        cache, sha256, unreadable = decode_blocks(source, stage, shape)
+        kept = [index for index in range(len(sha256)) if index not in unreadable]
+        if unreadable:
+            source.drop(unreadable)
+            sha256 = [sha256[index] for index in kept]
+        training = record.training if record is not None else draw_training(len(sha256), config.holdout, config.seed)
+        conditions = condition_blocks(source, stage, record)
+        condition_sha256 = None if conditions is None else sha256_file(conditions.partial)
+        found = dataset_fingerprint(source.levels, source.files, sha256, source.label, training, condition_sha256)
+        if record is not None:
+            try:
+                record.check_images(source, sha256)
+                record.check_fingerprint(found)
+            except MismatchError:
+                for file in (cache, conditions):
+                    if file is not None:
+                        file.partial.unlink()
+                        file.journal.unlink()
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    cache.finish()
+    if unreadable:
+        close_gaps(stage.folder / CACHE, kept, shape)
+    if conditions is not None:
+        conditions.finish()
+    write_index(stage.folder / INDEX, source, sha256, training)
+    facts = {
+        "source": {
+            "folder": source.folder and str(source.folder),
+            "state": source.state,
+            "condition_state": source.condition_state,
+        },
+        "fingerprint": found,
+        "facts": source.facts,
+        "shape": list(shape),
+        "levels": source.levels,
+        "num_images": len(sha256),
+        "num_training": len(training),
+        "num_classes": len(source.class_names),
+        "class_names": source.class_names,
+        "label_column": source.label_column,
+        "condition_shape": source.condition_shape and list(source.condition_shape),
+        "num_duplicates": len(sha256) - len(set(sha256)),
+        "num_skipped": len(source.skipped),
+        "skipped": [{"file": file, "reason": reason} for file, reason in sorted(source.skipped.items())],
+    }
+    names = [INDEX, CACHE] + ([CONDITIONS] if conditions is not None else [])
+    stage.finish(facts, [stage.folder / name for name in names])
+
+
+def decode_blocks(
+    source: Source, stage: Stage, shape: tuple[int, int, int]
+) -> tuple[BlockFile, list[str], dict[int, str]]:
+    """The filled cache, not yet in place; a hash for each image; and position -> reason of the unreadable ones.
+
+    An unreadable image leaves a row of zeros, marked in the tensor ``readable``, so that an interrupted decoding that
+    goes on does not take it for a black one.
+    """
+    num_images = len(source.files)
     cache = BlockFile(
         stage.folder / CACHE,
-        {"image": ("uint8", (num_images, *shape))},
+        {"readable": ("uint8", (num_images,)), "image": ("uint8", (num_images, *shape))},
         fingerprint(stage.identity, source.state, shape),
     )
-    raw = cache.arrays["image"]
+    raw, readable = cache.arrays["image"], cache.arrays["readable"]
     sha256: list[str] = []
+    unreadable: dict[int, str] = {}
     with Progress("decode images", num_images, "images") as progress:
         for block, start in enumerate(range(0, num_images, block_size(shape))):
             stop = min(start + block_size(shape), num_images)
             if block not in cache.done:
-                for example_id, image in enumerate(source.read(start, stop), start):
-                    raw[example_id] = image
+                for index, image in enumerate(source.read(start, stop), start):
+                    if isinstance(image, UserError):
+                        unreadable[index], readable[index] = image.message, 0
+                    else:
+                        raw[index], readable[index] = image, 1
                     progress.advance()
                 cache.commit(block)
+            for offset in np.flatnonzero(readable[start:stop] == 0):
+                unreadable.setdefault(start + int(offset), "cannot be read")  # found before an interruption
             sha256 += [fingerprint(image) for image in raw[start:stop]]
-    if record is not None:
-        try:
-            record.check_images(source, sha256)
-            record.check_fingerprint(dataset_fingerprint(source.levels, source.files, sha256, source.label, training))
-        except MismatchError:
-            cache.partial.unlink()
-            cache.journal.unlink()
-            raise
-    cache.finish()
-    write_index(stage.folder / "index.csv", source, sha256, training)
-    dataset = assemble(source, stage.folder, sha256, training)
-    stage.finish(
-        {
-            "source": {"folder": source.folder and str(source.folder), "state": source.state},
-            "fingerprint": dataset.fingerprint,
-            "facts": source.facts,
-            "shape": list(shape),
-            "levels": source.levels,
-            "num_images": num_images,
-            "num_training": len(training),
-            "num_classes": dataset.num_classes,
-            "num_duplicates": dataset.num_duplicates,
-        },
-        [stage.folder / "index.csv", stage.folder / CACHE],
-    )
-    return dataset
+    return cache, sha256, unreadable
 
 
-def assemble(source: Source, folder: Path, sha256: list[str], training: np.ndarray) -> ImageDataset:
-    """The data set of a source whose decoded images are in ``folder``."""
-    return ImageDataset(
-        raw=map_tensor(folder / CACHE, "image"),
-        levels=source.levels,
-        file=source.files,
-        sha256=sha256,
-        label=source.label,
-        num_classes=len(source.class_names),
-        class_names=source.class_names,
-        metadata=source.metadata,
-        training=training,
-        facts=source.facts,
-        fingerprint=dataset_fingerprint(source.levels, source.files, sha256, source.label, training),
-        folder=source.folder,
+def close_gaps(path: Path, kept: list[int], shape: tuple[int, int, int]) -> None:
+    """Writes a cache again with the kept rows only."""
+    old = map_tensor(path, "image")
+    new = BlockFile(
+        path, {"readable": ("uint8", (len(kept),)), "image": ("uint8", (len(kept), *shape))}, fingerprint("gaps", kept)
     )
+    size = block_size(shape)
+    new.arrays["readable"][:] = 1
+    for block, start in enumerate(range(0, len(kept), size)):
+        new.arrays["image"][start : start + size] = old[kept[start : start + size]]
+        new.commit(block)
+    new.finish()
+
+
+def condition_blocks(source: Source, stage: Stage, record: Record | None) -> BlockFile | None:
+    """The filled file of condition vectors, not yet in place; None for data without vectors.
+
+    Vectors that the run already holds are copied where nothing they come from has changed: computing them may be long.
+    """
+    if source.condition_shape is None:
+        return None
+    num_images = len(source.files)
+    path = stage.folder / CONDITIONS
+    file = BlockFile(
+        path,
+        {"condition": ("float32", (num_images, *source.condition_shape))},
+        fingerprint(stage.identity, source.condition_state, source.files),
+    )
+    known = map_tensor(path, "condition") if record is not None and record.holds_conditions(source) else None
+    with Progress("read conditions", num_images, "images") as progress:
+        for block, start in enumerate(range(0, num_images, CONDITIONS_AT_ONCE)):
+            stop = min(start + CONDITIONS_AT_ONCE, num_images)
+            if block not in file.done:
+                vectors = source.read_conditions(start, stop) if known is None else known[start:stop]
+                file.arrays["condition"][start:stop] = vectors
+                file.commit(block)
+            progress.advance(stop - start)
+    return file

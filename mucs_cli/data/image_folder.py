@@ -1,46 +1,47 @@
-"""``data=image_folder``: PNG and JPEG files below a folder."""
+"""``data=image_folder``: pictures below a folder, with or without a metadata file."""
 
 import os
 import stat
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 import numpy as np
 
 from mucs_cli.artifacts import fingerprint
 from mucs_cli.config import ImageFolderConfig
-from mucs_cli.data.decode import SUFFIXES, decode, read_header
-from mucs_cli.data.source import Source
-from mucs_cli.errors import UserError
-from mucs_cli.runtime import Progress
+from mucs_cli.data.conditions import INDEX_COLUMN, ConditionFile, find_file
+from mucs_cli.data.decode import SUFFIXES
+from mucs_cli.data.labels import number_classes
+from mucs_cli.data.metadata import metadata_file, read_metadata
+from mucs_cli.data.pictures import PictureSource, select
+from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.runtime import log
 
-Result = TypeVar("Result")
-NUM_THREADS = min(8, os.cpu_count() or 1)
-HEADERS_AT_ONCE = 4096
 
+class ImageFolderSource(PictureSource):
+    """The pictures below ``data.path``, in the order of their relative POSIX paths.
 
-class ImageFolderSource(Source):
-    """The images below ``data.path``, in the order of their relative POSIX paths.
-
-    Hidden files and folders are left out; links are followed, to files and to folders, but never in a circle.
+    Hidden files and folders are left out; links are followed, to files and to folders, but never in a circle. With
+    ``data.on_error=skip`` the example_id is the position among the pictures that can be read.
 
     Raises:
-        UserError: no such folder, no images in it, or a file without a class with ``data.labels=folder``.
+        UserError: no such folder, no pictures in it, no such condition file.
     """
 
-    levels = 255
+    folder: Path
 
     def __init__(self, config: ImageFolderConfig):
+        super().__init__(config)
         self.config = config
         self.folder = Path(os.path.abspath(os.path.expanduser(config.path)))
-        found = sorted(list_images(self.folder))[: config.limit]
-        self.files = [file for file, _, _ in found]
-        self.state = fingerprint(found)
-        self.class_names, self.metadata = [], {}
-        if config.labels == "folder":
-            self._read_labels()
+        self.listing = list_images(self.folder)
+        self.condition_path = config.condition_file and find_file(config.condition_file, self.folder)
+        self.condition_state = stamp(self.condition_path) if self.condition_path else ""
+        self.metadata_path = metadata_file(self.folder)
+        metadata_state = self.metadata_path and stamp(self.metadata_path)
+        self.state = fingerprint(self.listing.images[: config.limit], metadata_state, self.condition_state)
         self.facts = {
             "name": f"images in {self.folder.name}",
             "source": str(self.folder),
@@ -48,103 +49,166 @@ class ImageFolderSource(Source):
             "citation": "not stated",
         }
 
-    def _read_labels(self) -> None:
+    def open(self, scratch: Path) -> None:
+        all_files = [file for file, _, _ in self.listing.images]
+        self.rows = list(range(len(all_files[: self.config.limit])))
+        self.files = all_files[: self.config.limit]
+        self._all_files = all_files
+        columns = read_metadata(self.folder, all_files, self.listing.linked)
+        self.condition = None
+        if self.condition_path:
+            self.condition = ConditionFile(self.condition_path, all_files, columns.get(INDEX_COLUMN))
+            self.condition_shape = self.condition.shape
+        self.metadata = select(columns, self.rows)
+        self.class_names = []
+        if self.config.labels == "folder":
+            self._label_by_folder()
+        elif self.config.labels == "metadata":
+            self._label_by_column()
+        if self.listing.others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.listing.others.most_common(5))
+            log.info("data: left out %d files that are not pictures read here (%s)", self.listing.others.total(), kinds)
+
+    def _label_by_folder(self) -> None:
         names = []
         for file in self.files:
             parts = PurePosixPath(file).parts
             if len(parts) == 1:
                 raise UserError(
-                    self._path(file),
+                    self.name(file),
                     "got no class: the file is directly in data.path; expected it in a folder named after its class. "
                     "Move it, or set data.labels=none.",
                 )
             names.append(parts[0])
-        self.class_names = sorted(set(names))
-        number = {name: index for index, name in enumerate(self.class_names)}
-        self.label = np.array([number[name] for name in names], dtype=np.int64)
-        self.metadata = {"label": names}
+        self.label, self.class_names = number_by_name(names)
+        self.label_column = "label"
+        columns = {"metadata_label" if name == "label" else name: column for name, column in self.metadata.items()}
+        self.metadata = {"label": names, **columns}
 
-    def shape(self) -> tuple[int, int, int]:
-        size: tuple[int, int] | None = None
-        all_grayscale = True
-        with Progress("read image headers", len(self.files), "images") as progress:
-            for start in range(0, len(self.files), HEADERS_AT_ONCE):
-                files = self.files[start : start + HEADERS_AT_ONCE]
-                for file, (width, height, is_grayscale) in zip(files, self._map(read_header, files), strict=True):
-                    size = size or (width, height)
-                    all_grayscale = all_grayscale and is_grayscale
-                    if self.config.image_size is None:
-                        self._check_size(file, (width, height), size)
-                    progress.advance()
-        assert size is not None
-        is_grayscale = all_grayscale if self.config.color == "auto" else self.config.color == "grayscale"
-        self.channels = 1 if is_grayscale else 3
-        side = self.config.image_size or size[0]
-        return self.channels, side, side
-
-    def _check_size(self, file: str, size: tuple[int, int], first: tuple[int, int]) -> None:
-        if size == first and size[0] == size[1]:
-            return
-        expected = "a square image" if size == first else f"{first[0]}x{first[1]} as {self.files[0]} has"
-        raise UserError(
-            self._path(file),
-            f"got {size[0]}x{size[1]} pixels; expected {expected}. Set data.image_size to resize and crop.",
+    def _label_by_column(self) -> None:
+        column = self.config.label_column
+        if column not in self.metadata:
+            names = ", ".join(self.metadata) or "no column but file_name"
+            got = f"{self.metadata_path} has {names}" if self.metadata_path else "there is no metadata file"
+            raise UserError(
+                "data.label_column",
+                f"got {column}; {got}.{did_you_mean(column, self.metadata)} Set it to the column of "
+                "the classes, or set data.labels=none.",
+            )
+        for file, value in zip(self.files, self.metadata[column], strict=True):
+            if not value:
+                raise UserError(
+                    self.name(file),
+                    f"got no class: {self.metadata_path} gives it no {column}. Add it, or set data.labels=none.",
+                )
+        self.label_column = column
+        self.label, self.class_names = number_classes(
+            self.metadata[column], self.config.num_classes, "data.num_classes"
         )
 
-    def read(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        yield from self._map(lambda path: decode(path, self.channels, self.config.image_size), self.files[start:stop])
+    def content(self, row: int) -> Path:
+        return self.folder / self._all_files[row]
 
-    def _map(self, function: Callable[[Path], Result], files: list[str]) -> Iterator[Result]:
-        """``function`` of each file's path, on a few threads, results in the order of ``files``."""
-        assert self.folder is not None
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            yield from pool.map(function, [self.folder / file for file in files])
-
-    def _path(self, file: str) -> str:
-        assert self.folder is not None
+    def name(self, file: str) -> str:
         return str(self.folder / file)
 
+    def read_conditions(self, start: int, stop: int) -> np.ndarray:
+        assert self.condition is not None
+        return self.condition.read(self.rows[start:stop])
 
-def list_images(folder: Path) -> list[tuple[str, int, int]]:
-    """(relative POSIX path, size in bytes, modification time in ns) of every image below ``folder``, in no fixed order.
+
+def number_by_name(names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels of images in class folders: folders are numbered by their names, as text."""
+    class_names = sorted(set(names))
+    number = {name: index for index, name in enumerate(class_names)}
+    return np.array([number[name] for name in names], dtype=np.int64), class_names
+
+
+def stamp(path: Path) -> str:
+    """Size and modification time of a file, as one string."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+# --- listing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Listing:
+    """What lies below a folder.
+
+    Attributes:
+        images: (relative POSIX path, size in bytes, modification time in ns), sorted.
+        linked: those paths that were reached through a link.
+        others: how many other files there are, by suffix.
+    """
+
+    images: list[tuple[str, int, int]] = field(default_factory=list)
+    linked: set[str] = field(default_factory=set)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def list_images(folder: Path, key: str = "data.path") -> Listing:
+    """Everything below ``folder``; ``key`` is what an error names.
 
     Raises:
-        UserError: the folder does not exist, cannot be listed, or holds no image.
+        UserError: the folder does not exist, cannot be listed, or holds no picture.
     """
     if not folder.is_dir():
         got = "a file" if folder.exists() else "no such folder"
-        raise UserError("data.path", f"got {folder}: {got}; expected a folder of images. Set data.path to one.")
-    found = list(walk(folder, "", frozenset()))
-    if not found:
+        raise UserError(key, f"got {folder}: {got}; expected a folder of images. Set {key} to one.")
+    listing = Listing()
+    for relative, status, is_linked in walk(folder, "", frozenset(), False):
+        if relative.lower().endswith(SUFFIXES):
+            listing.images.append((relative, status.st_size, status.st_mtime_ns))
+            if is_linked:
+                listing.linked.add(relative)
+        elif PurePosixPath(relative).suffix.lower() not in (".csv", ".json", ".jsonl", ".safetensors"):
+            listing.others[PurePosixPath(relative).suffix.lower() or "without suffix"] += 1
+    if not listing.images:
         raise UserError(
-            "data.path",
+            key,
             f"got {folder}, which holds no image; expected files ending in {', '.join(SUFFIXES)}, in any case "
-            "(hidden ones do not count). Set data.path to a folder of images.",
+            f"(hidden ones do not count). Set {key} to a folder of images.",
         )
-    return found
+    listing.images.sort()
+    return listing
 
 
-def walk(folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-    """What ``list_images`` returns, for one folder; ``ancestors`` are the folders (device, inode) it lies in."""
+def walk(
+    folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]], is_linked: bool
+) -> Iterator[tuple[str, os.stat_result, bool]]:
+    """(relative POSIX path, status, reached through a link) of every visible regular file.
+
+    ``ancestors`` are the folders (device, inode) that this one lies in.
+
+    Raises:
+        UserError: a folder cannot be listed, a link leads nowhere, or a picture's name is not UTF-8.
+    """
     path = folder / prefix
     try:
         status = path.stat()
         here = (status.st_dev, status.st_ino)
         if here in ancestors:
             return
-        entries = list(os.scandir(path))
-        for entry in entries:
+        for entry in list(os.scandir(path)):
             relative = prefix + entry.name
             path = folder / relative
             if entry.name.startswith("."):
                 continue
+            through_link = is_linked or entry.is_symlink()
             if entry.is_dir():
-                yield from walk(folder, relative + "/", ancestors | {here})
-            elif entry.name.lower().endswith(SUFFIXES):
+                yield from walk(folder, relative + "/", ancestors | {here}, through_link)
+                continue
+            if entry.name.lower().endswith(SUFFIXES):
                 relative.encode()
                 status = entry.stat()
-                if stat.S_ISREG(status.st_mode):  # a pipe would block the reader
-                    yield relative, status.st_size, status.st_mtime_ns
+            elif entry.is_file():
+                status = entry.stat()
+            else:
+                continue
+            if stat.S_ISREG(status.st_mode):  # a pipe would block the reader
+                yield relative, status, through_link
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error.strerror}). Make it readable, or remove it.") from error
     except UnicodeEncodeError as error:

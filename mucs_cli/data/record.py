@@ -12,6 +12,10 @@ from mucs_cli.artifacts import read_json, sha256_file, write_text
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 
+INDEX = "index.csv"
+CACHE = "images.safetensors"
+CONDITIONS = "conditions.safetensors"
+COLUMNS = ("example_id", "file", "sha256", "split")
 ADVICE = "Use another run=, or overwrite=true to take the data as they are now."
 
 
@@ -25,7 +29,7 @@ def write_index(path: Path, source: Source, sha256: list[str], training: np.ndar
     is_training[training] = True
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["example_id", "file", "sha256", "split", *source.metadata])
+    writer.writerow([*COLUMNS, *source.metadata])
     for example_id, file in enumerate(source.files):
         part = "training" if is_training[example_id] else "holdout"
         columns = [column[example_id] for column in source.metadata.values()]
@@ -41,6 +45,7 @@ class Record:
         folder: the run's ``data/`` folder.
         manifest: its manifest.
         file, sha256: N names and hashes of raw pixels.
+        metadata: columns of N strings.
         training: int64, sorted example_ids that are not held out.
     """
 
@@ -48,47 +53,86 @@ class Record:
     manifest: dict[str, Any]
     file: list[str]
     sha256: list[str]
+    metadata: dict[str, list[str]]
     training: np.ndarray
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
         """Raises MismatchError where ``index.csv`` is not the one that was written."""
         manifest = read_json(folder / "manifest.json")
-        check_output(folder, manifest, "index.csv")
-        with (folder / "index.csv").open(encoding="utf-8", newline="") as table:
-            rows = list(csv.DictReader(table))
-        training = [index for index, row in enumerate(rows) if row["split"] == "training"]
+        check_output(folder, manifest, INDEX)
+        text = (folder / INDEX).read_bytes().decode()
+        previous = csv.field_size_limit(max(len(text), 131_072))  # a caption may be of any length
+        try:
+            header, *rows = csv.reader(io.StringIO(text, newline=""))
+        finally:
+            csv.field_size_limit(previous)
+        columns = dict(zip(header, ([row[index] for row in rows] for index in range(len(header))), strict=True))
+        training = [index for index, part in enumerate(columns["split"]) if part == "training"]
         return cls(
             folder,
             manifest,
-            [row["file"] for row in rows],
-            [row["sha256"] for row in rows],
+            columns["file"],
+            columns["sha256"],
+            {name: column for name, column in columns.items() if name not in COLUMNS},
             np.array(training, dtype=np.int64),
         )
 
-    def check_cache(self) -> None:
-        """Raises MismatchError where ``images.safetensors`` is not the one that was written."""
-        check_output(self.folder, self.manifest, "images.safetensors")
+    @property
+    def class_names(self) -> list[str]:
+        return self.manifest["class_names"]
 
-    def check_files(self, source: Source) -> None:
-        """Raises MismatchError for the first image that came or went."""
-        if source.files == self.file:
-            return
-        before, now = set(self.file), set(source.files)
+    @property
+    def label(self) -> np.ndarray | None:
+        """int64 [N]: the number of each image's class name; None without labels."""
+        column = self.manifest["label_column"]
+        if column is None:
+            return None
+        number = {name: index for index, name in enumerate(self.class_names)}
+        return np.array([number[name] for name in self.metadata[column]], dtype=np.int64)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Files that were left out because they cannot be read."""
+        return [entry["file"] for entry in self.manifest["skipped"]]
+
+    @property
+    def has_conditions(self) -> bool:
+        return CONDITIONS in self.manifest["outputs"]
+
+    def holds_conditions(self, source: Source) -> bool:
+        """Whether the run's file of condition vectors is whole and still what ``source`` would give."""
+        return (
+            self.has_conditions
+            and is_whole(self.folder, self.manifest, CONDITIONS)
+            and self.manifest["source"]["condition_state"] == source.condition_state
+            and self.file == source.files
+        )
+
+    def check_caches(self) -> None:
+        """Raises MismatchError where a memory-mapped file is not the one that was written."""
+        for name in (CACHE, CONDITIONS):
+            if name in self.manifest["outputs"]:
+                check_output(self.folder, self.manifest, name)
+
+    def check_listing(self, source: Source) -> None:
+        """Raises MismatchError for the first image that came or went, readable or not."""
+        before, now = {*self.file, *self.skipped}, set(source.files)
         for file in sorted(before ^ now):
             raise self.changed(source, file, "is gone" if file in before else "is new")
 
     def check_images(self, source: Source, sha256: list[str]) -> None:
-        """Raises MismatchError for the first image whose pixels have changed."""
-        for file, now, before in zip(source.files, sha256, self.sha256, strict=True):
-            if now != before:
+        """Raises MismatchError for the first image that can be read no more, can be read now, or has other pixels."""
+        before, now = dict(zip(self.file, self.sha256, strict=True)), dict(zip(source.files, sha256, strict=True))
+        for file in sorted(before.keys() | now.keys()):
+            if before.get(file) != now.get(file):
                 raise self.changed(source, file, "has changed")
 
     def check_fingerprint(self, fingerprint: str) -> None:
-        """Raises MismatchError where files and pixels are the same but labels or levels are not."""
+        """Raises MismatchError where files and pixels are the same but labels, conditions or levels are not."""
         if fingerprint != self.manifest["fingerprint"]:
             raise MismatchError(
-                "data", f"got labels or levels other than {self.folder / 'manifest.json'} has. {ADVICE}"
+                "data", f"got labels, conditions or levels other than {self.folder / 'manifest.json'} has. {ADVICE}"
             )
 
     def changed(self, source: Source, file: str, what: str) -> MismatchError:
@@ -101,10 +145,14 @@ class Record:
         return MismatchError(str(source.folder / file), f"{what}; expected the data of {path}. {ADVICE}")
 
 
-def check_output(folder: Path, manifest: dict[str, Any], name: str) -> None:
+def is_whole(folder: Path, manifest: dict[str, Any], name: str) -> bool:
     path = folder / name
-    if not path.exists() or sha256_file(path) != manifest["outputs"][name]["sha256"]:
+    return path.exists() and sha256_file(path) == manifest["outputs"][name]["sha256"]
+
+
+def check_output(folder: Path, manifest: dict[str, Any], name: str) -> None:
+    if not is_whole(folder, manifest, name):
         raise MismatchError(
-            str(path),
+            str(folder / name),
             "is missing or not the file its manifest names (SHA-256 differs). Use overwrite=true to make it again.",
         )

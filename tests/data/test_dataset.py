@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mucs_cli.config import DigitsConfig, ImageFolderConfig
-from mucs_cli.data import dataset as dataset_module
-from mucs_cli.data import image_folder
+from mucs_cli.data import image_folder, images, pictures
 from mucs_cli.data.dataset import ImageDataset, dataset_fingerprint, load_dataset
+from mucs_cli.data.decode import Reading
 from mucs_cli.errors import UserError
 
 Crop = Callable[..., np.ndarray]
@@ -35,8 +35,9 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(image_folder, "decode", refuse)
-    monkeypatch.setattr(image_folder, "read_header", refuse)
+    monkeypatch.setattr(pictures, "decode", refuse)
+    monkeypatch.setattr(pictures, "read_header", refuse)
+    monkeypatch.setattr(image_folder.ImageFolderSource, "open", refuse)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def test_digits_are_scikit_learns_images_labels_and_order(tmp_path: Path) -> Non
 @pytest.mark.parametrize("levels", [1, 16, 255])
 def test_pixels_are_exactly_minus_one_and_one_at_the_ends(levels: int) -> None:
     raw = np.array([0, levels], dtype=np.uint8)
-    assert dataset_module.to_pixels(raw, levels).tolist() == [-1.0, 1.0]
+    assert images.to_pixels(raw, levels).tolist() == [-1.0, 1.0]
 
 
 def test_images_are_the_stored_pixels_scaled_and_keep_the_order_asked_for(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_pixels_cannot_be_written_through_the_dataset(tmp_path: Path) -> None:
 def test_moments_are_those_of_the_training_images_whatever_the_block_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(images, "BLOCK_BYTES", 1000)
     dataset = load_dataset(digits(holdout=1000), tmp_path)
     pixels = load_digits().images[dataset.training] / 8 - 1
     assert dataset.mean_square == pytest.approx((pixels**2).mean(), rel=1e-12)
@@ -124,13 +125,14 @@ def test_limit_takes_the_first_images_before_any_is_held_out(tmp_path: Path) -> 
     assert np.array_equal(dataset.raw[:, 0], load_digits().images[:20])
 
 
-def test_the_fingerprint_depends_on_pixels_levels_names_labels_and_split_and_on_nothing_else() -> None:
+def test_the_fingerprint_depends_on_pixels_levels_names_labels_split_and_conditions_and_on_nothing_else() -> None:
     base = {
         "levels": 16,
         "file": ["a", "b"],
         "sha256": ["0", "1"],
         "label": np.array([0, 1]),
         "training": np.array([0, 1]),
+        "condition_sha256": None,
     }
     changes = [
         {"levels": 255},
@@ -139,6 +141,7 @@ def test_the_fingerprint_depends_on_pixels_levels_names_labels_and_split_and_on_
         {"label": np.array([1, 1])},
         {"label": None},
         {"training": np.array([0])},
+        {"condition_sha256": "0"},
     ]
     assert dataset_fingerprint(**base) == dataset_fingerprint(**{**base, "file": ["a", "b"]})
     assert len({dataset_fingerprint(**{**base, **change}) for change in [{}, *changes]}) == len(changes) + 1
@@ -303,17 +306,17 @@ def test_a_damaged_file_of_the_run_is_named_and_overwrite_mends_it(tmp_path: Pat
 def test_an_interrupted_decoding_goes_on_where_it_stopped(
     tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", 2 * 3 * 16 * 16)  # two images a block
-    monkeypatch.setattr(image_folder, "NUM_THREADS", 1)
-    original, decoded, stop_at = image_folder.decode, [], "1.png"
+    monkeypatch.setattr(images, "BLOCK_BYTES", 2 * 3 * 16 * 16)  # two images a block
+    monkeypatch.setattr(pictures, "NUM_THREADS", 1)
+    original, decoded, stop_at = pictures.decode, [], "1.png"
 
-    def decode_or_stop(path: Path, channels: int, image_size: int | None) -> np.ndarray:
+    def decode_or_stop(path: Path, name: str, reading: Reading) -> np.ndarray:
         if path.name == stop_at:
             raise KeyboardInterrupt
         decoded.append(path.name)
-        return original(path, channels, image_size)
+        return original(path, name, reading)
 
-    monkeypatch.setattr(image_folder, "decode", decode_or_stop)
+    monkeypatch.setattr(pictures, "decode", decode_or_stop)
     with pytest.raises(KeyboardInterrupt):
         load_dataset(photos(photo_folder), tmp_path / "run")
     assert decoded == ["0.png", "2.png", "4.png"]
@@ -321,20 +324,20 @@ def test_an_interrupted_decoding_goes_on_where_it_stopped(
     decoded.clear()
     resumed = load_dataset(photos(photo_folder), tmp_path / "run")
     assert decoded == ["4.png", "1.png", "3.png", "5.png"]
-    monkeypatch.setattr(image_folder, "decode", original)
+    monkeypatch.setattr(pictures, "decode", original)
     assert same(resumed, load_dataset(photos(photo_folder), tmp_path / "whole"))
 
 
 def test_loads_at_the_same_time_decode_once(
     tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, decoded = image_folder.decode, []
+    original, decoded = pictures.decode, []
 
-    def decode_and_count(path: Path, channels: int, image_size: int | None) -> np.ndarray:
+    def decode_and_count(path: Path, name: str, reading: Reading) -> np.ndarray:
         decoded.append(path.name)
-        return original(path, channels, image_size)
+        return original(path, name, reading)
 
-    monkeypatch.setattr(image_folder, "decode", decode_and_count)
+    monkeypatch.setattr(pictures, "decode", decode_and_count)
     with ThreadPoolExecutor(4) as pool:
         sets = list(pool.map(lambda _: load_dataset(photos(photo_folder), tmp_path / "run"), range(4)))
     assert len(decoded) == 6

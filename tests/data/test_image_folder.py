@@ -1,3 +1,4 @@
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 
 from mucs_cli.config import ImageFolderConfig
+from mucs_cli.data import images, pictures
 from mucs_cli.data.dataset import ImageDataset, load_dataset
-from mucs_cli.data.decode import crop_to_square, decode
+from mucs_cli.data.decode import Reading
 from mucs_cli.errors import UserError
 
 Crop = Callable[..., np.ndarray]
@@ -30,13 +32,19 @@ def refusal(folder: Path, **keys: object) -> UserError:
 # --- which files -----------------------------------------------------------------------------------------------------
 
 
-def test_only_visible_png_and_jpeg_files_count_at_any_depth_and_in_any_case(tmp_path: Path, crop: Crop) -> None:
+def test_only_visible_pictures_count_at_any_depth_and_in_any_case_and_others_are_said(
+    tmp_path: Path, crop: Crop, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "images"
-    for name in ("a.png", "b.JPG", "x/y/c.JPeG", ".hidden.png", ".git/d.png", "x/.thumbs/e.png", "f.gif"):
+    for name in ("a.png", "b.JPG", "x/y/c.JPeG", ".hidden.png", ".git/d.png", "x/.thumbs/e.png", "f.gif", "g.ppm"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(crop(0)).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
-    assert load(folder).file == ["a.png", "b.JPG", "x/y/c.JPeG"]
+    with caplog.at_level("INFO", "mucs"):
+        assert load(folder).file == ["a.png", "b.JPG", "f.gif", "x/y/c.JPeG"]
+    assert "left out 2 files that are not pictures read here (1 .ppm, 1 .txt)" in caplog.text.replace(
+        "1 .txt, 1 .ppm", "1 .ppm, 1 .txt"
+    )
 
 
 def test_links_are_followed_but_not_in_a_circle(tmp_path: Path, photo_folder: Path, crop: Crop) -> None:
@@ -170,72 +178,8 @@ def test_image_size_resizes_and_crops_files_of_any_size(tmp_path: Path, crop: Cr
     raw = load(folder, image_size=16).raw
     assert raw.shape == (4, 3, 16, 16)
     assert np.array_equal(raw[0], crop(0).transpose(2, 0, 1))  # already of that size: untouched
-    wide = Image.fromarray(crop(1, 40, 64)).resize((26, 16), Image.Resampling.LANCZOS).crop((5, 0, 21, 16))
+    wide = Image.fromarray(crop(1, 40, 64)[:, 12:52]).resize((16, 16), Image.Resampling.LANCZOS)
     assert np.array_equal(raw[1], np.asarray(wide).transpose(2, 0, 1))
-
-
-def test_shrinking_is_antialiased() -> None:
-    stripes = np.tile(np.array([0, 255], dtype=np.uint8), (64, 32))
-    shrunk = np.asarray(crop_to_square(Image.fromarray(stripes), 16))
-    assert np.abs(shrunk.astype(int) - 127).max() < 32  # nearest or bilinear sampling would keep 0 or 255
-
-
-# --- modes and orientation -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path: Path, crop: Crop, orientation: int) -> None:
-    upright = crop(0, 16, 24)
-    # How each orientation is stored: the camera's pixels from the upright ones (Exif 2.3, tag 274).
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright, 1),
-        7: upright[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[274] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(decode(tmp_path / "a.png", 3, None).transpose(1, 2, 0), upright)
-
-
-def test_transparent_pixels_are_laid_on_white_and_opaque_ones_stay(tmp_path: Path, crop: Crop) -> None:
-    alpha = np.full((16, 16, 1), 255, dtype=np.uint8)
-    alpha[:8] = 0
-    alpha[8:12] = 128
-    Image.fromarray(np.concatenate([crop(0), alpha], axis=2)).save(tmp_path / "a.png")
-    pixels = decode(tmp_path / "a.png", 3, None).transpose(1, 2, 0)
-    assert (pixels[:8] == 255).all()
-    assert np.array_equal(pixels[12:], crop(0)[12:])
-    blended = crop(0)[8:12] * (128 / 255) + 255 * (127 / 255)
-    assert np.abs(pixels[8:12] - blended).max() <= 1
-
-
-def test_a_palette_becomes_its_colours_and_its_transparent_entry_white(tmp_path: Path, crop: Crop) -> None:
-    palette = Image.fromarray(crop(0)).quantize(8)
-    palette.save(tmp_path / "a.png")
-    palette.save(tmp_path / "b.png", transparency=0)
-    expected = np.asarray(palette.convert("RGB"))
-    entry = np.asarray(palette)
-    assert np.array_equal(decode(tmp_path / "a.png", 3, None).transpose(1, 2, 0), expected)
-    pixels = decode(tmp_path / "b.png", 3, None).transpose(1, 2, 0)
-    assert (entry == 0).any() and (pixels[entry == 0] == 255).all()
-    assert np.array_equal(pixels[entry != 0], expected[entry != 0])
-
-
-@pytest.mark.parametrize("mode", ["CMYK", "I;16"])
-def test_modes_that_are_not_supported_are_named(photo_folder: Path, crop: Crop, mode: str) -> None:
-    path = photo_folder / ("flower/deep/z.jpg" if mode == "CMYK" else "flower/deep/z.png")
-    if mode == "CMYK":
-        Image.fromarray(crop(0)).convert("CMYK").save(path)
-    else:
-        Image.fromarray(crop(0)[:, :, 0].astype(np.uint16) * 257).save(path)
-    error = refusal(photo_folder)
-    assert error.subject == str(path) and f"got pixels of mode {mode}" in error.message
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
@@ -251,23 +195,121 @@ def test_a_truncated_file_is_named(photo_folder: Path, photographs: list[np.ndar
     assert error.subject == str(path) and "cannot be read" in error.message
 
 
-def test_a_text_file_and_another_format_under_an_image_name_are_refused(photo_folder: Path, crop: Crop) -> None:
+def test_the_content_and_not_the_name_says_the_format_and_what_is_no_picture_is_refused(
+    photo_folder: Path, crop: Crop
+) -> None:
     path = photo_folder / "china" / "a.png"
     path.write_text("hello")
     assert refusal(photo_folder).subject == str(path)
-    Image.fromarray(crop(0)).save(path, format="BMP")
+    Image.fromarray(crop(0)).save(path, format="PPM")
     assert refusal(photo_folder).subject == str(path)
+    Image.fromarray(crop(9)).save(path, format="WEBP", lossless=True)
+    assert np.array_equal(load(photo_folder).raw[0], crop(9).transpose(2, 0, 1))
 
 
-def test_a_decompression_bomb_is_refused(photo_folder: Path) -> None:
+def bomb(path: Path, side: int) -> None:
+    """A PNG file of a few bytes that says it has side x side pixels."""
+
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    path = photo_folder / "china" / "bomb.png"
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(photo_folder: Path) -> None:
+    path = photo_folder / "china" / "bomb.png"
+    bomb(path, 60_000)
     error = refusal(photo_folder, image_size=16)
     assert error.subject == str(path) and "decompression bomb" in error.message
+    bomb(path, 10_000)
+    error = refusal(photo_folder, image_size=16, max_pixels=99_999_999)
+    assert error.subject == str(path) and "got 10000x10000 pixels; expected at most 99999999" in error.message
+
+
+# --- skipping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged_folder(photo_folder: Path, crop: Crop) -> Path:
+    """``photo_folder`` with three files that cannot be read, each for another reason, and found at another moment."""
+    (photo_folder / "china/deep/1.png").write_text("hello")
+    bomb(photo_folder / "china/deep/3.png", 20_000)
+    content = (photo_folder / "flower/deep/3.png").read_bytes()
+    (photo_folder / "flower/deep/3.png").write_bytes(content[: len(content) // 2])
+    return photo_folder
+
+
+def test_skipped_files_get_no_id_and_are_listed_with_their_reasons(
+    damaged_folder: Path, crop: Crop, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "mucs"):
+        dataset = load(damaged_folder, on_error="skip", labels="folder", holdout=2)
+    assert dataset.file == [f"china/deep/{i}.png" for i in (0, 2, 4)] + [f"flower/deep/{i}.png" for i in (1, 5)]
+    assert np.array_equal(dataset.raw, [crop(index).transpose(2, 0, 1) for index in (0, 2, 4, 1, 5)])
+    assert dataset.labels(range(5)).tolist() == [0, 0, 0, 1, 1] and len(dataset.training) == 3
+    assert len(set(dataset.sha256)) == 5
+    manifest = json.loads((damaged_folder.parent / "run/data/manifest.json").read_text())
+    assert (manifest["num_images"], manifest["num_skipped"]) == (5, 3)
+    skipped = {entry["file"]: entry["reason"] for entry in manifest["skipped"]}
+    assert list(skipped) == ["china/deep/1.png", "china/deep/3.png", "flower/deep/3.png"]
+    assert "cannot be read" in skipped["china/deep/1.png"] and "truncated" in skipped["flower/deep/3.png"]
+    assert "skipped 3 pictures that cannot be read: china/deep/1.png, china/deep/3.png" in caplog.text
+
+
+def test_a_second_load_knows_what_was_skipped_and_a_mended_file_counts_as_a_change(
+    damaged_folder: Path, crop: Crop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(damaged_folder, on_error="skip")
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "decode", None)
+        again = load(damaged_folder, on_error="skip")
+    assert (again.file, again.fingerprint) == (first.file, first.fingerprint)
+    (damaged_folder.parent / "run/data/images.safetensors").unlink()
+    cleaned = load(damaged_folder, on_error="skip")
+    assert cleaned.fingerprint == first.fingerprint and np.array_equal(cleaned.raw, first.raw)
+    Image.fromarray(crop(3)).save(damaged_folder / "flower/deep/3.png")
+    error = refusal(damaged_folder, on_error="skip")
+    assert error.subject == str(damaged_folder / "flower/deep/3.png") and error.message.startswith("has changed")
+
+
+def test_an_interrupted_decoding_remembers_what_could_not_be_read(
+    damaged_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "BLOCK_BYTES", 3 * 16 * 16)  # one image a block
+    monkeypatch.setattr(pictures, "NUM_THREADS", 1)
+    original = pictures.decode
+
+    def stop_at_the_last(content: Path, name: str, reading: Reading) -> np.ndarray:
+        if name.endswith("5.png"):
+            raise KeyboardInterrupt
+        return original(content, name, reading)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pictures, "decode", stop_at_the_last)
+        load(damaged_folder, on_error="skip")
+    dataset = load(damaged_folder, on_error="skip")
+    assert len(dataset) == 5 and "flower/deep/3.png" not in dataset.file and dataset.raw.any(axis=(1, 2, 3)).all()
+
+
+def test_skip_changes_nothing_where_everything_can_be_read_and_does_not_hide_sizes_that_differ(
+    photo_folder: Path, tmp_path: Path, crop: Crop
+) -> None:
+    stopped = load(photo_folder)
+    config = ImageFolderConfig(seed=0, path=str(photo_folder), on_error="skip")
+    assert load_dataset(config, tmp_path / "other").fingerprint == stopped.fingerprint
+    Image.fromarray(crop(6, 20, 20)).save(photo_folder / "flower/odd.png")
+    with pytest.raises(UserError, match="got 20x20 pixels"):
+        load_dataset(config, tmp_path / "third")
+
+
+def test_a_folder_without_one_readable_picture_is_refused_with_the_first_reason(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / "images" / name).write_text("hello")
+    error = refusal(tmp_path / "images", on_error="skip")
+    assert error.subject == "data.on_error" and "none of 2 pictures can be read; the first is a.png" in error.message
 
 
 def test_errors_are_the_first_files_whatever_the_threads_do(photo_folder: Path) -> None:

@@ -1,0 +1,81 @@
+"""Captions to condition vectors, by a CLIP text model from ``transformers`` (safetensors only)."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mucs_cli.errors import UserError
+
+KEY = "data.text_encoder"
+CAPTIONS_AT_ONCE = 64
+
+
+def encoder_state(path: str) -> str:
+    """Changes where the text model may be another one: sizes and times of a local folder's files, or the hub's name."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return "; ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+class CaptionEncoder:
+    """A CLIP text model with its tokenizer and projection, in eval mode, float32, on the GPU where there is one.
+
+    Args:
+        path: a local folder, or a name on the hub.
+    Raises:
+        UserError: ``transformers`` is not installed, or the path holds no CLIP text model with projection in
+            safetensors.
+    """
+
+    def __init__(self, path: str):
+        try:
+            transformers: Any = import_module("transformers")
+        except ImportError as error:
+            raise UserError(
+                KEY, f"got {path}; the transformers library is not installed. Run: pip install 'mucs[text]'"
+            ) from error
+        name = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        try:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+            loaded: Any = transformers.CLIPTextModelWithProjection.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            )
+        except Exception as error:  # the library raises whatever its file systems, parsers and servers raise
+            text = str(error).strip().split("\n")[0]
+            raise UserError(
+                KEY,
+                f"got {path}, which cannot be loaded ({text}); expected a CLIP text model in safetensors. Correct it.",
+            ) from error
+        model, info = loaded
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(
+                KEY, f"got {path}, which lacks {missing}; expected a CLIP text model with its projection. Use another."
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        self.condition_dim = int(model.config.projection_dim)
+        self.max_tokens = int(model.config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> np.ndarray:
+        """Projected text embeddings of unit length; float32 [B, condition_dim]. Longer captions are cut off."""
+        pieces = []
+        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+            # Padded to one length: a caption's vector does not depend on its neighbours'.
+            tokens = self.tokenizer(
+                list(captions[start : start + CAPTIONS_AT_ONCE]),
+                padding="max_length",
+                truncation=True,
+                max_length=self.max_tokens,
+                return_tensors="pt",
+            ).to(self.device)
+            embedding = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds
+            pieces.append(torch.nn.functional.normalize(embedding, dim=-1).cpu())
+        return torch.cat(pieces).numpy()
