@@ -163,7 +163,7 @@ class HuggingFaceSource(PictureSource):
         for name in names:
             if name == image_column:
                 continue
-            feature, values = table.features[name], list(table[name])
+            feature, values = table.features[name], table[name][:]
             to_name = class_name_of(feature)
             columns[f"metadata_{name}" if name in RESERVED else name] = [
                 as_text(to_name(value) if to_name else value) for value in values
@@ -191,7 +191,7 @@ class HuggingFaceSource(PictureSource):
                 return
             column = found[0]
         self._checked(column, "data.label_column", table.features)
-        feature, values = table.features[column], list(table[column])
+        feature, values = table.features[column], table[column][:]
         missing = [row for row, value in enumerate(values) if value is None or value == -1 or value == ""]
         if missing and self.config.label_column is None:
             return  # a split published without its labels
@@ -221,7 +221,7 @@ class HuggingFaceSource(PictureSource):
                 "data.caption_column", "got null with data.text_encoder; expected the column of the captions. Set it."
             )
         self.captions = [
-            captions_of(value, file, column) for value, file in zip(list(table[column]), self.files, strict=True)
+            captions_of(value, file, column) for value, file in zip(table[column][:], self.files, strict=True)
         ]
         assert self.config.text_encoder is not None
         self.encoder = CaptionEncoder(self.config.text_encoder)

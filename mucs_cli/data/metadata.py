@@ -131,7 +131,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     f"got {len(cells)} values; expected {len(header)}, as the header has. Quote values with commas.",
                 )
             else:
-                yield reader.line_num, dict(zip(header, cells, strict=True))
+                yield reader.line_num, dict(zip(header, map(as_text, cells), strict=True))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}", f"is not CSV ({error}). Correct the line.") from error
 
@@ -150,12 +150,16 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 f"{path}, line {line}",
                 f"got {text[:60]!r}; expected a JSON object with a string {FILE_NAME}. Correct it.",
             )
-        yield line, {str(key): as_text(value) for key, value in row.items()}
+        yield line, {as_text(key): as_text(value) for key, value in row.items()}
 
 
 def as_text(value: Any) -> str:
-    """A metadata value as a string: strings as they are, null as an empty one, everything else as JSON."""
+    """A metadata value as a string: strings as they are, null as an empty one, everything else as JSON.
+
+    Line ends become "\\n": csv does not quote a lone carriage return. Half a character (a surrogate, which JSON can
+    spell but no file can hold) becomes "?".
+    """
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode()  # JSON can spell half a character, which no file can hold
+    return text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "replace").decode()

@@ -66,7 +66,7 @@ def test_json_values_are_kept_as_text_and_every_key_is_a_column(photo_folder: Pa
         "year": ("1999", ""),
         "ok": ("true", ""),
         "tags": ('["a", "ü"]', ""),
-        "note": ("x\ry", ""),
+        "note": ("x\ny", ""),
         "half": ("?", ""),
         "artist": ("", ""),
         "metadata_score": ("", "0.5"),  # our own tables have columns score and split
