@@ -61,7 +61,10 @@ def parse_color(text: str) -> tuple[int, int, int]:
             return red, green, blue
         except ValueError:
             pass
-    raise UserError("data.background", f"got {text!r}; expected white, black or '#rrggbb' (quoted). Set it to one.")
+    raise UserError(
+        "data.background",
+        f"got {text!r}; expected white, black or #rrggbb. For a colour write 'data.background=\"#808080\"'.",
+    )
 
 
 @contextmanager
