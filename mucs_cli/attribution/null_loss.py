@@ -1,4 +1,4 @@
-"""The null loss: the expected loss of a network that knows nothing; it bounds the unlearning (MUCS, arXiv 2605.17938)."""
+"""The null loss: what a network that knows nothing is expected to lose. It bounds the unlearning of MUCS."""
 
 from collections.abc import Iterable
 

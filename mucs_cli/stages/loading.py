@@ -10,7 +10,7 @@ from torch import Tensor
 from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_manifest, write_json
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
-from mucs_cli.diffusion.denoiser import EDMDenoiser
+from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.stages.context import Context
@@ -46,7 +46,7 @@ def load_data(context: Context) -> ImageDataset:
 class BaseModel:
     """The base model, on its device; its fingerprint; and the learning rate it was trained with."""
 
-    denoiser: EDMDenoiser
+    denoiser: Denoiser
     fingerprint: str
     learning_rate: float
     folder: Path

@@ -26,7 +26,7 @@ from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of,
 from mucs_cli.attribution.skew import mean_skew
 from mucs_cli.config import NoiseBankConfig
 from mucs_cli.data.dataset import ImageDataset
-from mucs_cli.diffusion.denoiser import EDMDenoiser
+from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log, log_file, smaller_batch
@@ -126,9 +126,7 @@ class UnlearnedModels:
 class Engine:
     """Losses of any models over all training images under one bank, in blocks of one size."""
 
-    def __init__(
-        self, context: Context, denoiser: EDMDenoiser, data: ImageDataset, bank: NoiseBank, device: torch.device
-    ):
+    def __init__(self, context: Context, denoiser: Denoiser, data: ImageDataset, bank: NoiseBank, device: torch.device):
         self.context = context
         self.denoiser = denoiser
         self.data = data
