@@ -64,15 +64,6 @@ def test_help_and_version_come_without_hydra_or_torch(tmp_path: Path) -> None:
     assert f"mucs {__version__}\n" in done.stdout
 
 
-def test_help_answers_in_under_a_third_of_a_second(tmp_path: Path) -> None:
-    def seconds() -> float:
-        started = time.perf_counter()
-        assert mucs("--help", cwd=tmp_path).returncode == 0
-        return time.perf_counter() - started
-
-    assert min(seconds() for _ in range(5)) < 0.3  # the best of five: other work on the machine only adds
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_commands_help_lists_each_of_its_keys_with_its_meaning(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -29,10 +29,10 @@ def run(context: Context) -> None:
         print_tables(rankings, heading(variant, config.k, config.bottom), sys.stdout)
 
 
-def print_top(run: Path, k: int) -> None:
-    """The top ``k`` training images of every query in a few lines each, as ``mucs run`` prints them at its end."""
+def print_top(run: Path, name: str, k: int) -> None:
+    """The top ``k`` training images of every query of one variant, as ``mucs run`` prints them at its end."""
     results = RunResults(run)
-    variant = results.variant(results.variant_names[0])
+    variant = results.variant(name)
     rankings = {query: results.ranking(variant, query, k) for query in variant.query_ids}
     print_summary(rankings, heading(variant, k, bottom=False) + ": example_id (label) score", sys.stdout)
 

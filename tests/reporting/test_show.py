@@ -91,7 +91,7 @@ def test_too_large_k_names_the_key(finished: RunBuilder) -> None:
 
 
 def test_print_top_gives_each_query_its_ids_in_order(finished: RunBuilder, capsys: pytest.CaptureFixture[str]) -> None:
-    print_top(finished.run, 5)
+    print_top(finished.run, "mucs", 5)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(lines[1:])
