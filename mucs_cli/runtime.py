@@ -37,8 +37,9 @@ def pick_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks instead of returning them to the kernel after every tensor.
 
-    Without it each large activation is mapped and unmapped anew, and a small network on the CPU spends much of its time
-    on page faults (scripts/bench/score_throughput.py, with and without --keep-malloc). Without glibc it does nothing.
+    Without it each large activation may be mapped and unmapped anew, at the price of page faults: up to a third of a
+    small network's time on the CPU, nothing in other runs (scripts/bench/score_throughput.py, with and without
+    --keep-malloc). Without glibc it does nothing.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

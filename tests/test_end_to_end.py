@@ -214,6 +214,15 @@ def test_a_sweep_leaves_its_variants_side_by_side_and_shares_what_is_upstream(
     assert all(name in page for name in names)
 
 
+def test_a_key_of_scoring_alone_makes_a_variant_of_the_scores_and_shares_the_unlearned_models(run: Path) -> None:
+    unlearned = {path.name for path in (run / "unlearn").iterdir()}
+    mucs("score", f"run={run}", *SCORE, "method.epsilon=0.5")
+    (variant,) = (p.name for p in (run / "score").iterdir() if "epsilon-0.5" in p.name)
+    assert {path.name for path in (run / "unlearn").iterdir()} == unlearned
+    damped, plain = scores_of(run, variant)["score"], scores_of(run)["score"]
+    assert float(damped.abs().sum()) < float(plain.abs().sum())
+
+
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int) -> None:
     """Ctrl-C at the ``calls``-th call of a function."""
     whole, seen = getattr(owner, name), []

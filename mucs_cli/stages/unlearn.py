@@ -27,7 +27,7 @@ from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import BaseModel, load_base_model, load_data, load_queries, prepare_device
 
-SECTIONS = ("method", "unlearning")
+SECTIONS = ("unlearning",)
 
 
 def run(context: Context) -> None:
