@@ -191,13 +191,22 @@ class Stage:
         command: the command that fills it, for messages.
         identity: what decides the result: ``{"config": {...}, "inputs": {...}}``, JSON values only.
         overwrite: throw away what another identity left here.
+        on_begin: called when the stage begins to fill its folder.
     """
 
-    def __init__(self, folder: Path, command: str, identity: dict[str, Any], overwrite: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        command: str,
+        identity: dict[str, Any],
+        overwrite: bool = False,
+        on_begin: Callable[[], None] | None = None,
+    ):
         self.folder = folder
         self.command = command
         self.identity = json.loads(json.dumps(identity))
         self.overwrite = overwrite
+        self.on_begin = on_begin
         self.started = time.time()
         self.progress: dict[str, Any] = {}
         """What an unfinished attempt with the same identity has done; see ``save_progress``."""
@@ -228,6 +237,8 @@ class Stage:
 
     def begin(self) -> None:
         """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
+        if self.on_begin is not None:
+            self.on_begin()
         state = self.folder / "state.json"
         self.progress = read_json(state).get("progress", {}) if state.exists() else {}
         self.save_progress(self.progress)

@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what stands after ``mucs``; by default the process's own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Read when torch is loaded. By default a waiting thread spins for milliseconds, which costs nothing on an idle machine,
-    # but slows the command several times where other processes want the cores too.
+    # Read when torch is loaded. By default a waiting thread spins for milliseconds, which costs nothing on an idle
+    # machine, but slows the command several times where other processes want the cores too.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -132,7 +132,7 @@ class HuggingFaceConfig(PictureConfig):
 class ModelConfig:
     name: str = option(MISSING, "kind of network; set by model=")
     size: str = option("paper", "tiny, small or paper; the keys below override it", choices=("tiny", "small", "paper"))
-    conditional: bool = option(False, "condition the network on the data's class labels")
+    conditional: bool = option(False, "condition the network on the data's labels, or its condition vectors")
     dropout: float = option(0.1, "dropout probability in training", minimum=0, below=1)
 
 
@@ -159,10 +159,37 @@ class UNetConfig(ModelConfig):
 
 @dataclass
 class DiffusionConfig:
-    name: str = option("edm", "preconditioning", choices=("edm",))
+    name: str = option(MISSING, "preconditioning; set by diffusion=")
+
+
+@dataclass
+class EDMConfig(DiffusionConfig):
+    name: str = option("edm", "preconditioning; set by diffusion=")
     sigma_data: str = option("0.5", "standard deviation of the pixels, or auto: measured on the training images")
     p_mean: float = option(-1.2, "mean of ln sigma in training; shifted by ln(sigma_data/0.5) when sigma_data=auto")
     p_std: float = option(1.2, "standard deviation of ln sigma in training", above=0)
+
+
+@dataclass
+class VPConfig(DiffusionConfig):
+    name: str = option("vp", "preconditioning; set by diffusion=")
+    beta_d: float = option(19.9, "slope of the noise schedule", above=0)
+    beta_min: float = option(0.1, "start of the noise schedule", above=0)
+
+
+@dataclass
+class DDPMConfig(DiffusionConfig):
+    name: str = option("ddpm", "preconditioning; set by diffusion=")
+    num_train_timesteps: int = option(1000, "noise levels", minimum=2)
+    beta_schedule: str = option(
+        "linear",
+        "noise schedule, as diffusers names it",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+    )
+    beta_start: float = option(1e-4, "first beta, of schedules that have a choice", above=0, below=1)
+    beta_end: float = option(0.02, "last beta, of schedules that have a choice", above=0, below=1)
+    prediction_type: str = option("epsilon", "what the network predicts", choices=("epsilon", "v_prediction", "sample"))
+    rescale_betas_zero_snr: bool = option(False, "rescale the schedule so that its last level is pure noise")
 
 
 @dataclass
@@ -355,6 +382,7 @@ VARIANT_SECTIONS = ("method", "unlearning", "noise_bank")
 SECTION_SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"digits": DigitsConfig, "image_folder": ImageFolderConfig, "huggingface": HuggingFaceConfig},
     "model": {"dit": DiTConfig, "unet": UNetConfig},
+    "diffusion": {"edm": EDMConfig, "vp": VPConfig, "ddpm": DDPMConfig},
 }
 """Sections whose schema depends on their ``name``."""
 
@@ -506,7 +534,7 @@ def check_across(config: Any) -> None:
     """Combinations of keys that cannot work."""
     if not isinstance(config, PipelineConfig):
         return
-    if config.diffusion.sigma_data != "auto":
+    if isinstance(config.diffusion, EDMConfig) and config.diffusion.sigma_data != "auto":
         number_or_word(config.diffusion.sigma_data, "diffusion.sigma_data", ("auto",))
     number_or_word(config.unlearning.null_loss, "unlearning.null_loss", ("auto", "closed_form", "monte_carlo"))
     for name in ("sampler", "noise_bank"):

@@ -219,7 +219,10 @@ def composing_error(
     if isinstance(cause, ConfigKeyError | AttributeError):
         kinds = [name for name, schema in SECTION_SCHEMAS.get(section, {}).items() if leaf in names(schema)]
         if kinds:
-            return UserError(key, f"{got}only {' or '.join(f'{section}={kind}' for kind in kinds)} has it. Add that.")
+            return UserError(
+                key,
+                f"{got}only {' or '.join(f'{section}={kind}' for kind in kinds)} has it. Add it.",
+            )
         near = " See mucs --hydra-help." if section == "hydra" else did_you_mean(key, known)
         return UserError(key, f"no such key{where}.{near}")
     if key in known:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
 
 from mucs_cli.attribution import scoring
@@ -153,7 +153,9 @@ def test_manifests_carry_config_inputs_outputs_versions_and_seeds(finished: Path
     assert score["inputs"]["dataset"] == train["inputs"]["dataset"]
     assert {"dataset", "model", "queries", "noise_bank", "unlearned_models"} == set(score["inputs"])
     assert score["versions"]["torch"] == torch.__version__
-    assert train["sigma_data"] == pytest.approx(float(np.std(load_digits().images[:NUM_IMAGES] / 8 - 1)), rel=1e-6)
+    assert train["preconditioning"]["sigma_data"] == pytest.approx(
+        float(np.std(load_digits().images[:NUM_IMAGES] / 8 - 1)), rel=1e-6
+    )
 
 
 def test_a_run_repeated_elsewhere_gives_the_same_bits(finished: Path, tmp_path: Path) -> None:
@@ -203,10 +205,15 @@ def test_a_sweep_leaves_its_variants_side_by_side_and_shares_what_is_upstream(
     mucs("score", "-m", f"run={run}", *SCORE, sweep)
     mucs("report", f"run={run}", "report.k=4")
     assert {path: path.read_bytes() for path in shared} == before
-    names = [SCORE_VARIANT.replace("mucs__", f"mucs__forget_batch_size-16__forget_weight-{w}__", 1) for w in (0.1, 0.5)]
-    names = [name.replace("__forget_batch_size-16__max", "__max") for name in names]
-    found = {path.name for path in (run / "score").iterdir() if not path.name.startswith("_")}
-    assert found == {SCORE_VARIANT, *names}
+    variants = {
+        json.loads((path / "manifest.json").read_text())["config"]["unlearning"]["forget_weight"]: path.name
+        for path in (run / "score").iterdir()
+        if not path.name.startswith("_")
+    }
+    assert variants.keys() == {0.1, 0.2, 0.5}
+    assert variants[0.2] == SCORE_VARIANT
+    names = [variants[0.1], variants[0.5]]
+    assert all("forget_weight" in name for name in names)
     values = [scores_of(run, name)["score"] for name in (SCORE_VARIANT, *names)]
     assert not torch.equal(values[0], values[1])
     assert not torch.equal(values[1], values[2])
@@ -346,6 +353,62 @@ def test_a_unet_on_a_folder_of_colour_photographs_runs_through_with_a_monte_carl
     assert not any(name.endswith(".bias") for name in manifest["trainable"])
 
 
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        ["diffusion=vp"],
+        ["diffusion=ddpm"],
+        ["diffusion=ddpm", "diffusion.prediction_type=v_prediction", "diffusion.rescale_betas_zero_snr=true"],
+    ],
+)
+def test_the_other_preconditionings_run_through_with_their_closed_null_losses(
+    diffusion: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    mucs("run", *SMALL, *SAMPLE, *SCORE, *diffusion, f"run={run}", "report.k=3")
+    scores = scores_of(run)["score"]
+    assert scores.shape == (NUM_QUERIES, NUM_IMAGES)
+    assert float(scores.std()) > 0
+    unlearned = json.loads((run / "unlearn" / VARIANT / "manifest.json").read_text())
+    assert unlearned["null_loss_source"] == "closed form of a zero output"
+    if "diffusion.prediction_type=v_prediction" not in diffusion:
+        assert unlearned["null_loss"] == pytest.approx(1)
+    denoiser = load_denoiser(run / "train" / "model")
+    bank = load_file(next((run / "noise_bank").glob("*.safetensors")))
+    torch.testing.assert_close(denoiser.nearest_sigma(bank["sigma"]), bank["sigma"])
+
+
+def test_a_model_conditioned_on_vectors_trains_samples_unlearns_and_scores_under_each_images_own(
+    tmp_path: Path,
+) -> None:
+    folder, run = crops(tmp_path / "photographs"), tmp_path / "vectors"
+    vectors = torch.randn(40, 2, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"condition": vectors}, folder / "vectors.safetensors")
+    mucs(
+        "run",
+        f"run={run}",
+        "data=image_folder",
+        f"data.path={folder}",
+        f"data.condition_file={folder / 'vectors.safetensors'}",
+        "model=dit",
+        "model.size=tiny",
+        "model.conditional=true",
+        "training.num_steps=8",
+        "training.batch_size=16",
+        "sampler.num_steps=3",
+        "queries.num=2",
+        *UNLEARN,
+        "noise_bank.num_draws=3",
+        "report.k=3",
+    )
+    condition = load_file(run / "sample" / "samples.safetensors")["condition"]
+    assert condition.shape == (2, 5)
+    assert all(any(torch.equal(row, vector) for vector in vectors[:, 0]) for row in condition)
+    assert load_denoiser(run / "train" / "model").network.condition_dim == 5
+    trainable = json.loads(next((run / "unlearn").glob("*/manifest.json")).read_text())["trainable"]
+    assert "condition_embed.projection.weight" in trainable
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -464,6 +527,14 @@ def test_patterns_that_match_nothing_and_a_closed_form_that_does_not_hold_are_na
 ) -> None:
     line = fails(capsys, "unlearn", f"run={run}", "unlearning.trainable=patterns", "unlearning.patterns=[nothing.*]")
     assert "unlearning.patterns: got ['nothing.*']" in line
+
+
+def test_an_impossible_preconditioning_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(
+        capsys, "train", *SMALL, f"run={tmp_path / 'run'}", "diffusion=ddpm", "diffusion.rescale_betas_zero_snr=true"
+    )
+    assert "diffusion: got an impossible ddpm preconditioning" in line
+    assert "epsilon" in line
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

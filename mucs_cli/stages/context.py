@@ -137,28 +137,20 @@ class Context:
         command: str,
         sections: tuple[str, ...] = (),
         inputs: Mapping[str, Any] | None = None,
-        extra_config: Mapping[str, Any] | None = None,
     ) -> "Stage":
-        """The stage that fills ``folder``; where it is about to begin, run.json is written first.
+        """The stage that fills ``folder``; when it begins, run.json is written first.
 
         Args:
             folder: where its files go.
             command: the command that fills it.
             sections: whose result-affecting values are part of its identity.
             inputs: fingerprints of what it reads.
-            extra_config: more of its identity, dotted like the configuration.
-
-        Raises:
-            UserError: the folder holds another result and ``overwrite`` is false, or run.json cannot be written.
         """
         from mucs_cli.artifacts import Stage  # torch takes seconds to import; `mucs status` does without
 
         config = {section: result_config(getattr(self.config, section)) for section in sections}
-        identity = {"config": config | dict(extra_config or {}), "inputs": dict(inputs or {})}
-        stage = Stage(folder, command, identity, self.config.overwrite)
-        if not stage.is_done():
-            self.write_record()
-        return stage
+        identity = {"config": config, "inputs": dict(inputs or {})}
+        return Stage(folder, command, identity, self.config.overwrite, self.write_record)
 
     def write_record(self) -> None:
         """Writes run.json where it is missing or says something else of the sections this command decides."""

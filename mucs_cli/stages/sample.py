@@ -8,9 +8,11 @@ from PIL import Image
 from torch import Tensor
 
 from mucs_cli.artifacts import write_atomic, write_tensors
-from mucs_cli.diffusion.sampler import sample_heun
+from mucs_cli.config import QueriesConfig
+from mucs_cli.data.dataset import ImageDataset
+from mucs_cli.diffusion.sampler import sample
 from mucs_cli.errors import UserError
-from mucs_cli.rng import derive_seed
+from mucs_cli.rng import ShuffledOrder, derive_seed
 from mucs_cli.runtime import Progress, log, log_file, smaller_batch
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import BaseModel, load_base_model, load_data, prepare_device
@@ -30,7 +32,7 @@ def run(context: Context) -> None:
     stage.begin()
     with log_file(folder / "log.txt"):
         seeds = torch.tensor([derive_seed(config.queries.seed, "query", i) for i in range(config.queries.num)])
-        condition = query_classes(model, config.queries.num, config.queries.classes)
+        condition = query_conditions(model, data, config.queries)
         image = generate(context, model, seeds, condition, (data.channels, data.height, data.width), device)
         tensors = {"image": image, "seed": seeds, "role": torch.zeros(len(image), dtype=torch.int64)}
         if condition is not None:
@@ -44,13 +46,20 @@ def run(context: Context) -> None:
         log.info("sample: %d queries, pictures in %s", len(image), folder / "grid.png")
 
 
-def query_classes(model: BaseModel, count: int, classes: list[int] | None) -> Tensor | None:
-    """The label of each query: the chosen classes in turn; None for an unconditional model."""
-    num_classes = model.denoiser.network.num_classes
+def query_conditions(model: BaseModel, data: ImageDataset, config: QueriesConfig) -> Tensor | None:
+    """What each query is sampled under; None for an unconditional model.
+
+    Labels: the chosen classes in turn. Vectors: those of training images drawn from the stream ("query_condition").
+    """
+    network, classes, count = model.denoiser.network, config.classes, config.num
+    num_classes = network.num_classes
     if not num_classes:
         if classes is not None:
-            raise UserError("queries.classes", f"got {classes}; the model is unconditional. Leave it out.")
-        return None
+            raise UserError("queries.classes", f"got {classes}; the model has no classes. Leave it out.")
+        if not network.is_conditional:
+            return None
+        order = ShuffledOrder(len(data.training), config.seed, "query_condition")
+        return data.conditions(data.training[order.batch(0, count).numpy()])
     classes = list(range(num_classes)) if classes is None else classes
     if not classes or not all(0 <= c < num_classes for c in classes):
         raise UserError("queries.classes", f"got {classes}; expected classes from 0 to {num_classes - 1}.")
@@ -76,7 +85,7 @@ def generate(
             part = slice(done, done + size)
             label = None if condition is None else condition[part].to(device)
             try:
-                batch = sample_heun(
+                batch = sample(
                     model.denoiser,
                     noise[part].to(device),
                     label,

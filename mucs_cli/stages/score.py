@@ -57,7 +57,7 @@ def run(context: Context) -> None:
     queries = load_queries(context)
     unlearned = UnlearnedModels(context.folder("unlearn", context.variant(*unlearn.SECTIONS)))
     unlearned.check(model.fingerprint, queries.fingerprint)
-    bank, bank_print = prepare_bank(context.folder("noise_bank"), config.noise_bank, data)
+    bank, bank_print = prepare_bank(context.folder("noise_bank"), config.noise_bank, data, model.denoiser)
     folder = context.folder("score", context.variant(*SECTIONS))
     inputs = {
         "dataset": data.fingerprint,
@@ -147,8 +147,8 @@ class Engine:
     def load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images and their own conditions, on the device."""
         ids = self.data.training[rows.numpy()]
-        labels = self.data.labels(ids) if self.conditional else None
-        return self.data.images(ids).to(self.device), None if labels is None else labels.to(self.device)
+        conditions = self.data.conditions(ids) if self.conditional else None
+        return self.data.images(ids).to(self.device), None if conditions is None else conditions.to(self.device)
 
     def losses(self, block: Block, models: Sequence[Mapping[str, Tensor]], progress: Progress) -> Tensor:
         """[M, len(block), n]."""
@@ -192,8 +192,10 @@ class Engine:
         save_machine_facts(self.context.run, {**facts, "score_block_size": sizes})
 
 
-def prepare_bank(folder: Path, config: NoiseBankConfig, data: ImageDataset) -> tuple[NoiseBank, str]:
-    """Draws the bank, which is quick, and stores it under its fingerprint unless it is there."""
+def prepare_bank(
+    folder: Path, config: NoiseBankConfig, data: ImageDataset, denoiser: Denoiser
+) -> tuple[NoiseBank, str]:
+    """Draws the bank, at noise levels the model can take, and stores it under its fingerprint unless it is there."""
     bank = draw_noise_bank(
         config.num_draws,
         (data.channels, data.height, data.width),
@@ -202,6 +204,7 @@ def prepare_bank(folder: Path, config: NoiseBankConfig, data: ImageDataset) -> t
         sigma_max=config.sigma_max,
         rho=config.rho,
         seed=config.seed,
+        nearest_sigma=denoiser.nearest_sigma,
     )
     bank_print = fingerprint(bank.sigma, bank.noise)
     path = folder / f"{bank_print[:16]}.safetensors"

@@ -4,20 +4,21 @@ import csv
 import io
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mucs_cli.artifacts import read_tensors, write_tensors, write_text
-from mucs_cli.config import TRAIN_SECTIONS, DiTConfig, PipelineConfig, UNetConfig
+from mucs_cli.config import TRAIN_SECTIONS, DiffusionConfig, DiTConfig, EDMConfig, PipelineConfig, UNetConfig
 from mucs_cli.data.dataset import ImageDataset
-from mucs_cli.diffusion.checkpoint import save_denoiser
-from mucs_cli.diffusion.denoiser import EDMDenoiser
+from mucs_cli.diffusion.checkpoint import PRECONDITIONINGS, precondition, save_denoiser
+from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.networks import AUGMENTATION_DIM, DiT, UNet
 from mucs_cli.diffusion.training import Trainer, TrainingSettings, learning_rate_at, train
 from mucs_cli.errors import UserError
-from mucs_cli.rng import ShuffledOrder, derive_seed
+from mucs_cli.rng import ShuffledOrder, derive_seed, generator
 from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import load_data, prepare_device
@@ -57,7 +58,7 @@ def run(context: Context) -> None:
                 **facts,
                 "device": str(device),
                 "seeds": {"training": config.training.seed, "data": config.data.seed},
-                "sigma_data": denoiser.sigma_data,
+                "preconditioning": denoiser.facts(),
                 "parameters": sum(p.numel() for p in trainer.parameters.values()),
                 "counts": {"training_images": len(data.training), "steps": trainer.step},
             },
@@ -74,8 +75,12 @@ def fit(trainer: Trainer, data: ImageDataset, folder: Path, every: float, device
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = data.training[order.batch(step, settings.batch_size).numpy()]
-        labels = data.labels(ids) if conditional else None
-        return data.images(ids).to(device), None if labels is None else labels.to(device)
+        condition = None
+        if conditional:
+            source = generator(settings.seed, "choice_of_condition", step)
+            choice = torch.randint(max(1, data.conditions_per_image), (len(ids),), generator=source)
+            condition = data.conditions(ids, choice)
+        return data.images(ids).to(device), None if condition is None else condition.to(device)
 
     last_saved = time.monotonic()
     started, first = last_saved, trainer.step
@@ -155,23 +160,26 @@ def training_settings(config: PipelineConfig) -> TrainingSettings:
     )
 
 
-def build_denoiser(config: PipelineConfig, data: ImageDataset) -> EDMDenoiser:
+def build_denoiser(config: PipelineConfig, data: ImageDataset) -> Denoiser:
     """A freshly initialised model for the data, from the stream ("initial_weights").
 
     Raises:
-        UserError: the network does not take the data's image size, or conditions on labels the data does not have.
+        UserError: the network does not take the data's image size, or conditions on what the data does not have; or the
+            preconditioning cannot be.
     """
-    if config.model.conditional and not data.num_classes:
+    if config.model.conditional and not (data.num_classes or data.condition_dim):
         raise UserError(
             "model.conditional",
             f"got true; the data set {data.facts['name']} has no labels. "
-            "Set model.conditional=false or data.labels=folder.",
+            "Set model.conditional=false, or data.labels or data.condition_file.",
         )
     common = {
         "sample_size": data.height,
         "in_channels": data.channels,
         "dropout": config.model.dropout,
-        "num_classes": data.num_classes if config.model.conditional else 0,
+        "num_classes": data.num_classes if config.model.conditional and not data.condition_dim else 0,
+        "condition_dim": data.condition_dim if config.model.conditional else 0,
+        "timestep_scale": PRECONDITIONINGS[config.diffusion.name].timestep_scale,
         "augmentation_dim": AUGMENTATION_DIM if config.training.augmentation else 0,
     }
     torch.manual_seed(derive_seed(config.training.seed, "initial_weights"))  # layers initialise from the global state
@@ -180,13 +188,23 @@ def build_denoiser(config: PipelineConfig, data: ImageDataset) -> EDMDenoiser:
     else:
         assert isinstance(config.model, UNetConfig)
         network = UNet(**unet_arguments(config.model, data.height), **common)
-    diffusion = config.diffusion
-    if diffusion.sigma_data == "auto":
-        sigma_data = data.std
-        p_mean = diffusion.p_mean + math.log(sigma_data / 0.5)
-    else:
-        sigma_data, p_mean = float(diffusion.sigma_data), diffusion.p_mean
-    return EDMDenoiser(network, sigma_data, p_mean, diffusion.p_std)
+    return precondition(network, preconditioning_facts(config.diffusion, data), "diffusion")
+
+
+def preconditioning_facts(config: DiffusionConfig, data: ImageDataset) -> dict[str, Any]:
+    """The preconditioning as ``checkpoint.precondition`` takes it; measures sigma_data where it is "auto"."""
+    if isinstance(config, EDMConfig):
+        if config.sigma_data == "auto":
+            sigma_data = data.std
+            p_mean = config.p_mean + math.log(sigma_data / 0.5)
+        else:
+            sigma_data, p_mean = float(config.sigma_data), config.p_mean
+        return {"preconditioning": "edm", "sigma_data": sigma_data, "p_mean": p_mean, "p_std": config.p_std}
+    values = asdict(config)
+    name = values.pop("name")
+    if name == "ddpm":
+        return {"preconditioning": name, "scheduler": {**values, "clip_sample": True}}
+    return {"preconditioning": name, **values}
 
 
 def dit_arguments(config: DiTConfig, side: int) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def choose_null_loss(
         for start in range(0, count, BATCH_SIZE):
             rows = order.batch(start // BATCH_SIZE, BATCH_SIZE)[: count - start]
             ids = data.training[rows.numpy()]
-            yield data.images(ids), data.labels(ids) if conditional else None
+            yield data.images(ids), data.conditions(ids) if conditional else None
 
     loss = monte_carlo_null_loss(fresh, batches(), config.seed, device)
     return loss, "Monte Carlo over the model's initial weights"
@@ -183,8 +183,8 @@ def unlearn_one(
 
     def retain_batch(step: int) -> tuple[Tensor, Tensor | None]:
         ids = data.training[order.batch(step, config.retain_batch_size).numpy()]
-        labels = None if condition is None else data.labels(ids)
-        return data.images(ids).to(device), None if labels is None else labels.to(device)
+        conditions = None if condition is None else data.conditions(ids)
+        return data.images(ids).to(device), None if conditions is None else conditions.to(device)
 
     try:
         return unlearn(

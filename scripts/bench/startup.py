@@ -38,7 +38,10 @@ def main() -> None:
         table.add_row(name, f"{value:.3f}")
     Console(stderr=True).print(table)
     result = {name: round(value, 3) for name, value in times.items()}
-    json.dump({"benchmark": "startup", **result, "help_over_python": round(times["mucs --help"] / times["python"], 2)}, sys.stdout)
+    json.dump(
+        {"benchmark": "startup", **result, "help_over_python": round(times["mucs --help"] / times["python"], 2)},
+        sys.stdout,
+    )
     print()
 
 

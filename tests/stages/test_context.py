@@ -106,7 +106,7 @@ def test_typing_the_finished_value_again_is_fine(made: Path) -> None:
 def test_the_owning_command_is_judged_by_its_own_manifest(made: Path) -> None:
     context = create(made, "train", "run=r", "training.num_steps=6")
     with pytest.raises(UserError, match=r"training\.num_steps: got 6; .* has 5"):
-        context.stage(context.folder("train"), "train", TRAIN_SECTIONS)
+        context.stage(context.folder("train"), "train", TRAIN_SECTIONS).is_done()
     assert read_json(made / "r" / "run.json")["config"]["training"]["num_steps"] == 5
 
 
@@ -156,7 +156,7 @@ def test_a_name_on_a_hub_is_no_path(tmp_path: Path) -> None:
 def test_run_json_is_written_by_the_first_stage_only(tmp_path: Path) -> None:
     context = create(tmp_path, "train", *SMALL)
     assert not (tmp_path / "r" / "run.json").exists()
-    context.stage(context.folder("train"), "train", TRAIN_SECTIONS)
+    context.stage(context.folder("train"), "train", TRAIN_SECTIONS).begin()
     assert read_json(tmp_path / "r" / "run.json")["config"]["model"]["size"] == "tiny"
 
 
