@@ -131,13 +131,23 @@ class HuggingFaceConfig(PictureConfig):
 @dataclass
 class ModelConfig:
     name: str = option(MISSING, "kind of network; set by model=")
+
+
+@dataclass
+class PretrainedConfig(ModelConfig):
+    name: str = option("pretrained", "kind of network; set by model=")
+    path: str = option(MISSING, "folder of a diffusers pipeline or network, or of a finished run", affects_result=False)
+
+
+@dataclass
+class NetworkConfig(ModelConfig):
     size: str = option("paper", "tiny, small or paper; the keys below override it", choices=("tiny", "small", "paper"))
     conditional: bool = option(False, "condition the network on the data's labels, or its condition vectors")
     dropout: float = option(0.1, "dropout probability in training", minimum=0, below=1)
 
 
 @dataclass
-class DiTConfig(ModelConfig):
+class DiTConfig(NetworkConfig):
     name: str = option("dit", "kind of network; set by model=")
     patch_size: int = option(2, "side of a token's square, pixels", minimum=1)
     width: int | None = option(None, "channels of a token; null: by size (64, 384, 768)", minimum=4)
@@ -147,7 +157,7 @@ class DiTConfig(ModelConfig):
 
 
 @dataclass
-class UNetConfig(ModelConfig):
+class UNetConfig(NetworkConfig):
     name: str = option("unet", "kind of network; set by model=")
     channels: int | None = option(None, "base channels; null: by size (16, 64, 128)", minimum=4)
     multipliers: list[int] | None = option(None, "channel multiplier a level; null: by size ([1,2], [2,2], [2,2,2])")
@@ -381,7 +391,7 @@ VARIANT_SECTIONS = ("method", "unlearning", "noise_bank")
 
 SECTION_SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"digits": DigitsConfig, "image_folder": ImageFolderConfig, "huggingface": HuggingFaceConfig},
-    "model": {"dit": DiTConfig, "unet": UNetConfig},
+    "model": {"dit": DiTConfig, "unet": UNetConfig, "pretrained": PretrainedConfig},
     "diffusion": {"edm": EDMConfig, "vp": VPConfig, "ddpm": DDPMConfig},
 }
 """Sections whose schema depends on their ``name``."""

@@ -99,7 +99,7 @@ def test_a_commands_help_lists_each_of_its_keys_with_its_meaning(
         ("train run=r +seed=1", "+seed=1: got +; seed is there already. Remove the +."),
         ("train run=r ~seed", "~seed: got a deletion; expected key=value."),
         ("train run=r modle=unet", "modle: no such key of mucs train. Did you mean 'model'?"),
-        ("train run=r model=unett", "model: got 'unett'; expected dit, unet. Did you mean 'unet'?"),
+        ("train run=r model=unett", "model: got 'unett'; expected dit, pretrained, unet. Did you mean 'unet'?"),
         ("train run=r data.path=x", "data.path: got 'x'; only data=image_folder"),
         ("train", "run: is not set; expected the run's folder."),
         ("train run=r training.num_steps=${nope}", "training.num_steps: cannot be resolved: Interpolation key 'nope'"),

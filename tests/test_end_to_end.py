@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
@@ -407,6 +408,90 @@ def test_a_model_conditioned_on_vectors_trains_samples_unlearns_and_scores_under
     assert load_denoiser(run / "train" / "model").network.condition_dim == 5
     trainable = json.loads(next((run / "unlearn").glob("*/manifest.json")).read_text())["trainable"]
     assert "condition_embed.projection.weight" in trainable
+
+
+# --- a model trained elsewhere -----------------------------------------------------------------------------------
+
+
+def pipeline(folder: Path) -> Path:
+    """An untrained unconditional DDPM, saved by diffusers alone."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(network, DDPMScheduler(num_train_timesteps=50)).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def test_a_diffusers_checkpoint_and_a_folder_of_photographs_are_attributed_without_training(tmp_path: Path) -> None:
+    run, model, folder = tmp_path / "ddpm", pipeline(tmp_path / "my-ddpm"), crops(tmp_path / "photographs")
+    mucs(
+        "run",
+        f"run={run}",
+        "model=pretrained",
+        f"model.path={model}",
+        "data=image_folder",
+        f"data.path={folder}",
+        "sampler.num_steps=3",
+        "queries.num=2",
+        *UNLEARN,
+        "noise_bank.num_draws=3",
+        "report.k=3",
+    )
+    assert not (run / "train").exists()
+    scored = next(path for path in (run / "score").iterdir() if not path.name.startswith("_"))
+    scores = load_file(scored / "scores.safetensors")["score"]
+    assert scores.shape == (2, 40)
+    assert float(scores.std()) > 0
+    unlearned = json.loads(next((run / "unlearn").glob("*/manifest.json")).read_text())
+    assert unlearned["null_loss_source"].startswith("Monte Carlo")
+    assert unlearned["learning_rate"] == pytest.approx(1e-5)
+    mucs("show", f"run={run}", "k=3")
+
+
+def test_a_finished_run_lends_its_model_to_another_run(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "lent"
+    common = ["data=digits", f"data.limit={NUM_IMAGES}", "device=cpu", f"run={run}"]
+    mucs("sample", *common, "model=pretrained", f"model.path={finished}", *SAMPLE)
+    own, lent = (load_file(r / "sample" / "samples.safetensors")["image"] for r in (finished, run))
+    assert torch.equal(own, lent)
+
+
+def test_checkpoints_that_are_not_supported_or_not_safe_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = crops(tmp_path / "photographs", 4)
+    model, run = tmp_path / "model", f"run={tmp_path / 'run'}"
+    command = ["sample", "model=pretrained", f"model.path={model}", "data=image_folder"]
+    command.append(f"data.path={folder}")
+    assert str(model) in fails(capsys, *command, run)
+    model.mkdir()
+    parts = {"text_encoder": ["transformers", "CLIPTextModel"], "unet": ["diffusers", "UNet2DConditionModel"]}
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+    assert "not supported yet" in fails(capsys, *command, run)
+    shutil.rmtree(model)
+    model.mkdir()
+    save_file({"lora": torch.zeros(1)}, model / "pytorch_lora_weights.safetensors")
+    line = fails(capsys, *command, run)
+    assert "LoRA" in line
+    assert "not supported yet" in line
+    shutil.rmtree(model)
+    pipeline(model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+    assert "safe" in fails(capsys, *command, run)
+    shutil.rmtree(model)
+    pipeline(model)
+    assert "data.image_size: got images of (3, 8, 8)" in fails(
+        capsys, *command, "data.image_size=8", f"run={tmp_path / 'other'}"
+    )
+    assert "not trained here" in fails(capsys, "train", *command[1:], run)
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "transformer_blocks.*.ff.*.weight",
         "*condition_embed.label_embedding.weight",
         "*condition_embed.projection.weight",
+        "*.class_embedder.embedding_table.weight",
     ),
     "attention": ("transformer_blocks.*.attn*.weight", "*attentions.*.weight"),
     "all": ("*",),
@@ -48,7 +49,7 @@ def trainable_names(names: Iterable[str], preset: str, patterns: Sequence[str] =
         chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
     else:
         raise ValueError(f"unknown preset {preset!r}")
-    if not chosen or (preset == "mlp" and all("condition_embed" in name for name in chosen)):
+    if not chosen or (preset == "mlp" and not any(".ff." in name for name in chosen)):
         raise ValueError("no parameter of this network matches")
     return chosen
 

@@ -80,7 +80,7 @@ class Context:
         path = run / "run.json"
         if path.exists():
             record = read_record(path)
-        elif command in ("train", "run"):
+        elif command in ("train", "run") or composed["model"]["name"] == "pretrained":
             record = {"experiment": chosen_experiment(), "config": base_values(command, composed, overrides, cwd)}
         else:
             raise UserError(
@@ -185,6 +185,9 @@ def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:
         path = OmegaConf.select(cfg, f"data.{key}", throw_on_missing=False)
         if path is not None and (cfg.data.name == "image_folder" or absolute(str(path), cwd).exists()):
             values["data"][key] = str(absolute(str(path), cwd))
+    model = OmegaConf.select(cfg, "model.path", throw_on_missing=False)
+    if model is not None:
+        values["model"]["path"] = str(absolute(str(model), cwd))
     return values
 
 

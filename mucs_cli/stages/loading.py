@@ -1,5 +1,6 @@
 """What several stages load: the machine's settings, the data, the base model and the queries."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,17 @@ import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_manifest, write_json
+from mucs_cli.config import PretrainedConfig
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.diffusion.pretrained import load_pretrained
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.stages.context import Context
+
+UNKNOWN_LEARNING_RATE = 1e-4
+"""Taken for a model whose training is not on record; unlearning uses a tenth of it."""
 
 
 def prepare_device(context: Context) -> torch.device:
@@ -44,20 +50,26 @@ def load_data(context: Context) -> ImageDataset:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model, on its device; its fingerprint; and the learning rate it was trained with."""
+    """The base model, on its device.
+
+    fingerprint: of its weights and configuration. learning_rate: what it was trained with. fresh: from a seed, the same
+    model with its initial weights, on the CPU.
+    """
 
     denoiser: Denoiser
     fingerprint: str
     learning_rate: float
-    folder: Path
+    fresh: Callable[[int], Denoiser]
 
 
 def load_base_model(context: Context, data: ImageDataset, device: torch.device) -> BaseModel:
-    """The trained base model (its averaged weights).
+    """The base model: the run's own, with its averaged weights, or the one that model=pretrained names.
 
     Raises:
         UserError: it has not been trained, a file is damaged, or it was trained on other data.
     """
+    if isinstance(context.config.model, PretrainedConfig):
+        return load_other_model(Path(context.config.model.path), data, device)
     folder = context.folder("train")
     manifest = require_manifest(folder, "train")
     trained_on = manifest["inputs"]["dataset"]
@@ -69,7 +81,31 @@ def load_base_model(context: Context, data: ImageDataset, device: torch.device) 
         )
     denoiser = load_denoiser(folder / "model", manifest["outputs"][f"model/{WEIGHTS}"]["sha256"])
     denoiser.network.requires_grad_(False).to(device)
-    return BaseModel(denoiser, model_fingerprint(manifest), manifest["config"]["training"]["learning_rate"], folder)
+
+    def fresh(seed: int) -> Denoiser:
+        return load_denoiser(folder / "model", weights=folder / "initial.safetensors")
+
+    return BaseModel(denoiser, model_fingerprint(manifest), manifest["config"]["training"]["learning_rate"], fresh)
+
+
+def load_other_model(path: Path, data: ImageDataset, device: torch.device) -> BaseModel:
+    """A model that was not trained in this run; its learning rate is unknown.
+
+    Raises:
+        UserError: it cannot be loaded, is not supported, or takes images of another shape than the data has.
+    """
+    other = load_pretrained(path)
+    if other.codec is not None:
+        raise UserError("model.path", f"got the latent model {path}; latent models are not supported yet. Use another.")
+    wanted, got = other.sample_shape, (data.channels, data.height, data.width)
+    if wanted != got:
+        raise UserError(
+            "data.image_size",
+            f"got images of {got} (channels, height, width); {path} takes {wanted}. Set data.image_size={wanted[1]} "
+            f"and data.color={'grayscale' if wanted[0] == 1 else 'rgb'}.",
+        )
+    other.denoiser.network.requires_grad_(False).to(device)
+    return BaseModel(other.denoiser, other.fingerprint, UNKNOWN_LEARNING_RATE, other.fresh)
 
 
 def model_fingerprint(train_manifest: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import importlib
 import time
 
-from mucs_cli.config import VARIANT_SECTIONS
+from mucs_cli.config import VARIANT_SECTIONS, PretrainedConfig
 from mucs_cli.runtime import log
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.show import print_top
@@ -16,6 +16,9 @@ def run(context: Context) -> None:
     """Runs the stages, then prints each query's top training images and where to look."""
     started = time.monotonic()
     for stage in context.config.stages:
+        if stage == "train" and isinstance(context.config.model, PretrainedConfig):
+            log.info("train: nothing to do for model=pretrained (%s)", context.config.model.path)
+            continue
         importlib.import_module(f"mucs_cli.stages.{stage}").run(context.for_stage(stage))
     if "score" in context.config.stages:
         print_top(context.run, context.variant(*VARIANT_SECTIONS), min(SHOWN, context.config.report.k))

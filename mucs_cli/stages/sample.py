@@ -77,7 +77,10 @@ def generate(
     """Samples one image a seed; [Q, C, H, W], float32, clipped to [-1, 1], on the CPU."""
     settings = context.config.sampler
     network = model.denoiser.network
+    if settings.guidance != 1 and network.is_conditional and not network.has_null_condition:
+        raise UserError("sampler.guidance", f"got {settings.guidance}; the model has no null condition. Set it to 1.")
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+    guided = settings.guidance != 1
     images: list[Tensor] = []
     done, size = 0, settings.batch_size
     with Progress("sample", len(seeds), "images") as progress:
@@ -89,7 +92,7 @@ def generate(
                     model.denoiser,
                     noise[part].to(device),
                     label,
-                    null_condition=None if label is None else network.null_condition(label),
+                    null_condition=network.null_condition(label) if label is not None and guided else None,
                     guidance=1.0 if label is None else settings.guidance,
                     num_steps=settings.num_steps,
                     sigma_min=settings.sigma_min,

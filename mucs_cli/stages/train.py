@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from mucs_cli.artifacts import read_tensors, write_tensors, write_text
-from mucs_cli.config import TRAIN_SECTIONS, DiffusionConfig, DiTConfig, EDMConfig, PipelineConfig, UNetConfig
+from mucs_cli.config import (
+    TRAIN_SECTIONS,
+    DiffusionConfig,
+    DiTConfig,
+    EDMConfig,
+    NetworkConfig,
+    PipelineConfig,
+    PretrainedConfig,
+    UNetConfig,
+)
 from mucs_cli.data.dataset import ImageDataset
 from mucs_cli.diffusion.checkpoint import PRECONDITIONINGS, precondition, save_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
@@ -37,6 +46,8 @@ METRIC_ROWS = 500
 def run(context: Context) -> None:
     """Writes ``train/``: ``model/`` (averaged weights), ``initial.safetensors``, ``metrics.csv`` and the manifest."""
     config = context.config
+    if isinstance(config.model, PretrainedConfig):
+        raise UserError("model", "got pretrained, which is not trained here. Start with mucs sample, or mucs run.")
     device = prepare_device(context)
     data = load_data(context)
     folder = context.folder("train")
@@ -167,6 +178,7 @@ def build_denoiser(config: PipelineConfig, data: ImageDataset) -> Denoiser:
         UserError: the network does not take the data's image size, or conditions on what the data does not have; or the
             preconditioning cannot be.
     """
+    assert isinstance(config.model, NetworkConfig)
     if config.model.conditional and not (data.num_classes or data.condition_dim):
         raise UserError(
             "model.conditional",

@@ -20,7 +20,6 @@ from mucs_cli.attribution.unlearning import (
 )
 from mucs_cli.config import UnlearningConfig, number_or_word
 from mucs_cli.data.dataset import ImageDataset
-from mucs_cli.diffusion.checkpoint import load_denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder
 from mucs_cli.runtime import Progress, log, log_file
@@ -126,7 +125,8 @@ def choose_trainable(model: BaseModel, config: UnlearningConfig) -> list[str]:
     network = model.denoiser.network
     preset = config.trainable
     if preset == "auto":
-        preset = "mlp" if hasattr(network, "transformer_blocks") else "all_but_bias"
+        transformer = any(name.startswith("transformer_blocks.") for name, _ in network.named_parameters())
+        preset = "mlp" if transformer else "all_but_bias"
     try:
         return trainable_names([name for name, _ in network.named_parameters()], preset, config.patterns)
     except ValueError as error:
@@ -151,7 +151,7 @@ def choose_null_loss(
         )
     if value != "monte_carlo" and zero_head:
         return model.denoiser.null_loss(data.mean_square), "closed form of a zero output"
-    fresh = load_denoiser(model.folder / "model", weights=model.folder / "initial.safetensors")
+    fresh = model.fresh(config.seed)
     fresh.network.requires_grad_(False).to(device)
     conditional = fresh.network.is_conditional
 
