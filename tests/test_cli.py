@@ -324,7 +324,7 @@ def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(
         ("mucs s", ["sample", "score", "show", "status"]),
         ("mucs train training.num", ["training.num_steps="]),
         ("mucs train run=r mod", ["model.", "model="]),
-        ("mucs train -m model=", ["model=dit", "model=unet"]),
+        ("mucs train -m model=", ["model=dit", "model=pretrained", "model=unet"]),
         ("mucs run experiment=d", ["experiment=digits"]),
         ("mucs train training.decay=c", ["training.decay=constant", "training.decay=cosine"]),
         ("mucs show bottom=", ["bottom=true", "bottom=false"]),

@@ -23,7 +23,6 @@ from mucs_cli.errors import UserError
 
 PIPELINE = [name for name, command in COMMANDS.items() if issubclass(command.schema, PipelineConfig)]
 CHOICES = [(group, option) for group, options in group_options().items() for option in options]
-REQUIRED = ["data.path=pictures"]  # where a choice has no value of its own for it
 KINDS = [(g, o) for g, o in CHOICES if g != "experiment" and o in SECTION_SCHEMAS.get(g, [o])]
 """Choices that stand for a schema; the others (cifar10) are one of these with values of their own."""
 
@@ -39,8 +38,10 @@ def test_every_command_composes_into_a_valid_configuration(command: str) -> None
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_every_choice_composes_for_every_command(command: str, group: str, option: str) -> None:
     cfg = compose(command, ["run=somewhere", f"{group}={option}"])
-    if OmegaConf.is_missing(cfg.data, "path"):
-        cfg = compose(command, ["run=somewhere", f"{group}={option}", *REQUIRED])
+    required = [
+        f"{section}.path=somewhere" for section in ("data", "model") if OmegaConf.is_missing(cfg[section], "path")
+    ]
+    cfg = compose(command, ["run=somewhere", f"{group}={option}", *required])
     config = validate(cfg, COMMANDS[command].schema)
     if (group, option) in KINDS and group in SECTION_SCHEMAS:
         assert type(getattr(config, group)) is SECTION_SCHEMAS[group][option]
