@@ -456,6 +456,27 @@ def test_a_diffusers_checkpoint_and_a_folder_of_photographs_are_attributed_witho
     mucs("show", f"run={run}", "k=3")
 
 
+def test_another_model_than_the_queries_come_from_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mucs("train", f"run={run}", "training.num_steps=3", "overwrite=true")
+    line = fails(capsys, "unlearn", f"run={run}", *UNLEARN)
+    assert "got queries of the model" in line
+    assert "mucs sample" in line
+
+
+def test_a_class_conditional_checkpoint_on_data_without_its_classes_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gray"
+    folder.mkdir()
+    for i, picture in enumerate(load_digits().images[:5]):
+        Image.fromarray((picture * 15).astype("uint8")).save(folder / f"{i}.png")
+    command = ["sample", f"run={tmp_path / 'run'}", "model=pretrained", f"model.path={finished}", "data=image_folder"]
+    line = fails(capsys, *command, f"data.path={folder}")
+    assert "model.path: got a model of 10 classes" in line
+
+
 def test_a_finished_run_lends_its_model_to_another_run(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "lent"
     common = ["data=digits", f"data.limit={NUM_IMAGES}", "device=cpu", f"run={run}"]

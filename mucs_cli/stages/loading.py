@@ -45,7 +45,9 @@ def save_machine_facts(run: Path, facts: dict[str, Any]) -> None:
 
 
 def load_data(context: Context) -> ImageDataset:
-    return load_dataset(context.config.data, context.run, context.config.overwrite and context.command == "train")
+    """The run's data; ``overwrite`` redoes it in the run's first stage only, or later stages would lose what they rest on."""
+    first = "sample" if isinstance(context.config.model, PretrainedConfig) else "train"
+    return load_dataset(context.config.data, context.run, context.config.overwrite and context.command == first)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,17 @@ def load_other_model(path: Path, data: ImageDataset, device: torch.device) -> Ba
             f"got images of {got} (channels, height, width); {path} takes {wanted}. Set data.image_size={wanted[1]} "
             f"and data.color={'grayscale' if wanted[0] == 1 else 'rgb'}.",
         )
-    other.denoiser.network.requires_grad_(False).to(device)
+    network = other.denoiser.network
+    if network.is_conditional and (network.num_classes, network.condition_dim) != (
+        data.num_classes,
+        data.condition_dim,
+    ):
+        raise UserError(
+            "model.path",
+            f"got a model of {network.num_classes} classes and condition vectors of length {network.condition_dim}; the data "
+            f"has {data.num_classes} and {data.condition_dim}. Set data.labels, data.num_classes or data.condition_file.",
+        )
+    network.requires_grad_(False).to(device)
     return BaseModel(other.denoiser, other.fingerprint, UNKNOWN_LEARNING_RATE, other.fresh)
 
 
@@ -126,10 +138,21 @@ class Queries:
         return len(self.image)
 
 
-def load_queries(context: Context) -> Queries:
-    """Raises UserError where the queries have not been sampled, or their file is damaged."""
+def load_queries(context: Context, model: BaseModel) -> Queries:
+    """The sampled queries.
+
+    Raises:
+        UserError: they have not been sampled, come from another model, or their file is damaged.
+    """
     folder = context.folder("sample")
     manifest = require_manifest(folder, "sample")
+    sampled_from = manifest["inputs"]["model"]
+    if sampled_from != model.fingerprint:
+        raise UserError(
+            str(folder / "manifest.json"),
+            f"got queries of the model {sampled_from[:16]}; the run's model is {model.fingerprint[:16]}. "
+            f"Rerun mucs sample with overwrite=true, or use another run=.",
+        )
     sha256 = manifest["outputs"]["samples.safetensors"]["sha256"]
     tensors = read_tensors(folder / "samples.safetensors", sha256)
     return Queries(tensors["image"], tensors.get("condition"), sha256)

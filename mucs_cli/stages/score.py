@@ -54,7 +54,7 @@ def run(context: Context) -> None:
     device = prepare_device(context)
     data = load_data(context)
     model = load_base_model(context, data, device)
-    queries = load_queries(context)
+    queries = load_queries(context, model)
     unlearned = UnlearnedModels(context.folder("unlearn", context.variant(*unlearn.SECTIONS)))
     unlearned.check(model.fingerprint, queries.fingerprint)
     bank, bank_print = prepare_bank(context.folder("noise_bank"), config.noise_bank, data, model.denoiser)

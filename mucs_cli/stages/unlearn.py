@@ -35,7 +35,7 @@ def run(context: Context) -> None:
     device = prepare_device(context)
     data = load_data(context)
     model = load_base_model(context, data, device)
-    queries = load_queries(context)
+    queries = load_queries(context, model)
     variant = context.variant(*SECTIONS)
     folder = context.folder("unlearn", variant)
     inputs = {"dataset": data.fingerprint, "model": model.fingerprint, "queries": queries.fingerprint}
