@@ -45,7 +45,7 @@ def save_machine_facts(run: Path, facts: dict[str, Any]) -> None:
 
 
 def load_data(context: Context) -> ImageDataset:
-    """The run's data; ``overwrite`` redoes it in the run's first stage only, or later stages would lose what they rest on."""
+    """The run's data; ``overwrite`` redoes it in the run's first stage only: later ones rest on it."""
     first = "sample" if isinstance(context.config.model, PretrainedConfig) else "train"
     return load_dataset(context.config.data, context.run, context.config.overwrite and context.command == first)
 
@@ -107,14 +107,12 @@ def load_other_model(path: Path, data: ImageDataset, device: torch.device) -> Ba
             f"and data.color={'grayscale' if wanted[0] == 1 else 'rgb'}.",
         )
     network = other.denoiser.network
-    if network.is_conditional and (network.num_classes, network.condition_dim) != (
-        data.num_classes,
-        data.condition_dim,
-    ):
+    takes, has = (network.num_classes, network.condition_dim), (data.num_classes, data.condition_dim)
+    if network.is_conditional and takes != has:
         raise UserError(
             "model.path",
-            f"got a model of {network.num_classes} classes and condition vectors of length {network.condition_dim}; the data "
-            f"has {data.num_classes} and {data.condition_dim}. Set data.labels, data.num_classes or data.condition_file.",
+            f"got a model of {takes[0]} classes and condition vectors of length {takes[1]}; the data has {has[0]} and "
+            f"{has[1]}. Set data.labels, data.num_classes or data.condition_file.",
         )
     network.requires_grad_(False).to(device)
     return BaseModel(other.denoiser, other.fingerprint, UNKNOWN_LEARNING_RATE, other.fresh)
