@@ -513,6 +513,7 @@ def test_checkpoints_that_are_not_supported_or_not_safe_are_refused(
         capsys, *command, "data.image_size=8", f"run={tmp_path / 'other'}"
     )
     assert "not trained here" in fails(capsys, "train", *command[1:], run)
+    assert "diffusion: has no effect with model=pretrained" in fails(capsys, *command, run, "diffusion=vp")
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

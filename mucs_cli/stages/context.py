@@ -95,6 +95,8 @@ class Context:
         for key in typed_keys(overrides, composed, finished):
             set_value(values, key, get_value(composed, key))
         config = validate(OmegaConf.create(values), schema)
+        if config.model.name == "pretrained":
+            refuse_training_keys(overrides)
         for section, (stage, decided) in finished.items():
             check_against(decided, section, config, stage, run)
 
@@ -260,6 +262,14 @@ def chosen_experiment() -> str | None:
     from hydra.core.hydra_config import HydraConfig
 
     return HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+
+
+def refuse_training_keys(overrides: list[str]) -> None:
+    """Refuses typed keys of how a model is trained, where it is not trained here: they would have no effect."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in ("diffusion", "training"):
+            raise UserError(key, "has no effect with model=pretrained, which brings its own. Leave it out.")
 
 
 # --- finished stages -------------------------------------------------------------------------------------------------
