@@ -131,11 +131,6 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def state_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a named set of tensors, in the order of their names."""
-    return fingerprint(*[part for name in sorted(tensors) for part in (name, tensors[name])])
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and the git revision where the package is run from a checkout."""
     found = {"mucs": __version__, "python": platform.python_version()}

@@ -139,10 +139,6 @@ class Trainer:
             except RuntimeError as error:
                 self.micro_batch_size = smaller_batch(error, self.micro_batch_size, "training.micro_batch_size")
 
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving average, which sampling, unlearning and scoring use."""
-        return self.average
-
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, as named tensors."""
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}

@@ -24,7 +24,7 @@ from mucs_cli.artifacts import (
 )
 from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of, choose_block_size
 from mucs_cli.attribution.skew import mean_skew
-from mucs_cli.config import NoiseBankConfig
+from mucs_cli.config import VARIANT_SECTIONS, NoiseBankConfig
 from mucs_cli.data.dataset import ImageDataset
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
@@ -42,7 +42,6 @@ from mucs_cli.stages.loading import (
     save_machine_facts,
 )
 
-SECTIONS = ("method", "unlearning", "noise_bank")
 Arrays = dict[str, np.memmap]
 TOP_ROWS = 100
 """Rows a query in top.csv; the whole ranking is in scores.safetensors."""
@@ -58,7 +57,7 @@ def run(context: Context) -> None:
     unlearned = UnlearnedModels(context.folder("unlearn", context.variant(*unlearn.SECTIONS)))
     unlearned.check(model.fingerprint, queries.fingerprint)
     bank, bank_print = prepare_bank(context.folder("noise_bank"), config.noise_bank, data, model.denoiser)
-    folder = context.folder("score", context.variant(*SECTIONS))
+    folder = context.folder("score", context.variant(*VARIANT_SECTIONS))
     inputs = {
         "dataset": data.fingerprint,
         "model": model.fingerprint,
@@ -66,7 +65,7 @@ def run(context: Context) -> None:
         "noise_bank": bank_print,
         "unlearned_models": unlearned.fingerprint,
     }
-    stage = context.stage(folder, "score", sections=SECTIONS, inputs=inputs)
+    stage = context.stage(folder, "score", sections=VARIANT_SECTIONS, inputs=inputs)
     if stage.is_done():
         log.info("score: up to date (%s)", folder)
         return

@@ -9,7 +9,6 @@ first batch of 256 images is read on top. Prints one JSON object on stdout, a ta
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -17,8 +16,7 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from printing import print_result
 from sklearn.datasets import load_sample_images
 
 LOAD = """
@@ -32,7 +30,7 @@ imported = time.perf_counter()
 config = ImageFolderConfig(seed=0, path=sys.argv[1], labels="folder")
 dataset = load_dataset(config, Path(sys.argv[2]))
 ready = time.perf_counter()
-dataset.images(range(256))
+dataset.images(range(min(256, len(dataset))))
 batch = time.perf_counter()
 print(imported - started, ready - imported, batch - ready, dataset.fingerprint)
 """
@@ -86,12 +84,7 @@ def main() -> None:
             "later_seconds": round(ready, 3),
             "later_batch_of_256_seconds": round(statistics.median(seconds[2] for seconds, _ in later), 4),
         }
-    table = Table("figure", "value")
-    for key, value in result.items():
-        table.add_row(key, str(value))
-    Console(stderr=True).print(table)
-    json.dump(result, sys.stdout)
-    print()
+    print_result(result)
 
 
 if __name__ == "__main__":

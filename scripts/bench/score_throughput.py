@@ -7,14 +7,11 @@ is of the medians. Prints one JSON object on stdout, a table on stderr.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from printing import print_result
 
 from mucs_cli.attribution.scoring import bank_losses, blocks_of, choose_block_size
 from mucs_cli.attribution.skew import mean_skew
@@ -105,12 +102,7 @@ def main() -> None:
         "engine_images_per_second": round(1 / statistics.median(engine), 1),
         "ratio": round(statistics.median(bare) / statistics.median(engine), 3),
     }
-    table = Table("figure", "value")
-    for key, value in result.items():
-        table.add_row(key, str(value))
-    Console(stderr=True).print(table)
-    json.dump(result, sys.stdout)
-    print()
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ Each is a process of its own, five times. Prints one JSON object on stdout (medi
     python scripts/bench/startup.py
 """
 
-import json
 import statistics
 import subprocess
 import sys
 import time
 
-from rich.console import Console
-from rich.table import Table
+from printing import print_result
 
 REPEATS = 5
 PROGRAM = [sys.executable, "-m", "mucs_cli"]
@@ -33,16 +31,9 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     times = {name: statistics.median(seconds(command) for _ in range(REPEATS)) for name, command in COMMANDS.items()}
-    table = Table("what", "seconds")
-    for name, value in times.items():
-        table.add_row(name, f"{value:.3f}")
-    Console(stderr=True).print(table)
-    result = {name: round(value, 3) for name, value in times.items()}
-    json.dump(
-        {"benchmark": "startup", **result, "help_over_python": round(times["mucs --help"] / times["python"], 2)},
-        sys.stdout,
-    )
-    print()
+    seconds_of = {name: round(value, 3) for name, value in times.items()}
+    ratio = round(times["mucs --help"] / times["python"], 2)
+    print_result({"benchmark": "startup", **seconds_of, "help_over_python": ratio})
 
 
 if __name__ == "__main__":
