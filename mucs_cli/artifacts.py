@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -169,17 +169,40 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first dotted key at which two nested mappings differ, with both values; None where they agree."""
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], may_grow: Sequence[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """The first dotted key at which two nested mappings differ, with both values; None where they agree.
+
+    Args:
+        may_grow: dotted keys of numbers that agree where ours is larger.
+    """
     left, right = flatten(ours), flatten(theirs)
     for key in [*left, *[k for k in right if k not in left]]:
-        if left.get(key) != right.get(key):
-            return key, left.get(key), right.get(key)
+        mine, other = left.get(key), right.get(key)
+        grown = key in may_grow and mine is not None and other is not None and mine > other
+        if mine != other and not grown:
+            return key, mine, other
     return None
+
+
+def per_query(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The inputs of a manifest, or of a stage's identity, that are one fingerprint a query."""
+    return {name: value for name, value in record.get("inputs", {}).items() if isinstance(value, dict)}
+
+
+def without_per_query(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The other inputs, and everything else."""
+    inputs = record.get("inputs", {})
+    return {**record, "inputs": {name: value for name, value in inputs.items() if not isinstance(value, dict)}}
 
 
 class Stage:
     """One stage's folder.
+
+    A stage that does something for each query says which ones, by id and fingerprint. A finished one that lacks some of
+    them is not done: its manifest becomes ``previous``, and only what is missing has to be added. An input that is a
+    mapping is one fingerprint a query; of these, only those of shared queries have to agree.
 
     Args:
         folder: where its files go.
@@ -187,6 +210,8 @@ class Stage:
         identity: what decides the result: ``{"config": {...}, "inputs": {...}}``, JSON values only.
         overwrite: throw away what another identity left here.
         on_begin: called when the stage begins to fill its folder.
+        queries: id -> fingerprint of the queries that are wanted; None for a stage that knows no queries.
+        may_grow: dotted keys of the identity that a finished stage may have smaller.
     """
 
     def __init__(
@@ -196,15 +221,22 @@ class Stage:
         identity: dict[str, Any],
         overwrite: bool = False,
         on_begin: Callable[[], None] | None = None,
+        queries: Mapping[int, str] | None = None,
+        may_grow: Sequence[str] = (),
     ):
         self.folder = folder
         self.command = command
         self.identity = json.loads(json.dumps(identity))
         self.overwrite = overwrite
         self.on_begin = on_begin
+        self.queries = queries
+        self.may_grow = may_grow
         self.started = time.time()
         self.progress: dict[str, Any] = {}
         """What an unfinished attempt with the same identity has done; see ``save_progress``."""
+        self.previous: dict[str, Any] = {}
+        """The manifest of a finished stage that lacks some of the queries; see ``is_done``."""
+        self._attempted: dict[str, str] = {}  # queries of this attempt and of unfinished ones, with their fingerprints
 
     def is_done(self) -> bool:
         """True where the folder already holds this result.
@@ -217,11 +249,14 @@ class Stage:
             if not path.exists():
                 continue
             record = read_json(path)
-            difference = first_difference(self.identity, {k: record.get(k, {}) for k in self.identity})
+            difference = self._difference(record)
             if difference is None:
-                return name == "manifest.json"
+                if name == "manifest.json" and not self._lacks(record):
+                    return True
+                continue
             if self.overwrite:
                 shutil.rmtree(self.folder)
+                self.previous = {}
                 return False
             key, ours, theirs = difference
             raise UserError(
@@ -230,18 +265,49 @@ class Stage:
             )
         return False
 
+    def _difference(self, record: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+        """What in the record contradicts this stage, as ``first_difference`` gives it."""
+        ours, theirs = per_query(self.identity), per_query(record)
+        ours["queries"] = {str(query): mine for query, mine in (self.queries or {}).items()}
+        theirs["queries"] = record.get("queries", {})
+        for name, mapping in ours.items():
+            for query, mine in mapping.items():
+                other = theirs.get(name, {}).get(query, mine)
+                if other != mine:
+                    return f"{name} of query {query}", mine[:16], other[:16]
+        recorded = {key: record.get(key, {}) for key in self.identity}
+        return first_difference(without_per_query(self.identity), without_per_query(recorded), self.may_grow)
+
+    def _lacks(self, record: dict[str, Any]) -> bool:
+        """Whether a finished stage has not all the queries; keeps its manifest then."""
+        known = record.get("queries", {})
+        missing = any(str(query) not in known for query in self.queries or {})
+        self.previous = record if missing else {}
+        return missing
+
+    def known_queries(self) -> dict[int, str]:
+        """id -> fingerprint of the queries that the folder already has results for."""
+        return {int(query): print_ for query, print_ in self.previous.get("queries", {}).items()}
+
     def begin(self) -> None:
         """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
         if self.on_begin is not None:
             self.on_begin()
-        state = self.folder / "state.json"
-        self.progress = read_json(state).get("progress", {}) if state.exists() else {}
-        self.save_progress(self.progress)
+        path = self.folder / "state.json"
+        state = read_json(path) if path.exists() else {}
+        self._attempted = state.get("queries", {}) | {str(query): mine for query, mine in (self.queries or {}).items()}
+        self.save_progress(state.get("progress", {}))
 
     def save_progress(self, progress: dict[str, Any]) -> None:
         """Records what is done so far, for a rerun after an interruption and for ``mucs status``."""
         self.progress = progress
-        state = {"stage": self.command, "status": "running", **self.identity, "progress": progress}
+        state = {
+            "stage": self.command,
+            "status": "running",
+            **self.identity,
+            "queries": self._attempted,
+            "progress": progress,
+        }
         write_json(self.folder / "state.json", state)
 
     def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
@@ -251,11 +317,17 @@ class Stage:
             facts: what else to record (counts, seeds, device, ...).
             outputs: files to record with their SHA-256 and size.
         """
+        queries = self.known_queries() | dict(self.queries or {})
+        known = per_query(self.previous)
+        inputs = self.identity.get("inputs", {})
+        merged = {name: known.get(name, {}) | mapping for name, mapping in per_query(self.identity).items()}
         manifest = {
             "stage": self.command,
             "status": "done",
             "format_version": FORMAT_VERSION,
             **self.identity,
+            "inputs": inputs | merged,
+            **({} if self.queries is None else {"queries": {str(query): queries[query] for query in sorted(queries)}}),
             **facts,
             "outputs": {
                 path.relative_to(self.folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}

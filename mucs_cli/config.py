@@ -237,9 +237,29 @@ class SamplerConfig:
 
 @dataclass
 class QueriesConfig:
+    name: str = option(MISSING, "where the images to explain come from; set by queries=")
+    index: Any = option(
+        None, "which queries to unlearn and score: 3, [0,4] or a slice such as 0:10; null: all", affects_result=False
+    )
+
+
+@dataclass
+class SampledQueriesConfig(QueriesConfig):
+    name: str = option("sampled", "where the images to explain come from; set by queries=")
     num: int = option(10, "generated images to explain", minimum=1)
     seed: int = option(II("seed"), "seed of the first query; query i has a stream of its own")
     classes: list[int] | None = option(None, "classes to sample in turn, for a conditional model; null: all")
+
+
+@dataclass
+class FolderQueriesConfig(QueriesConfig):
+    name: str = option("folder", "where the images to explain come from; set by queries=")
+    path: str = option(
+        MISSING, "folder of generated pictures; column label of its metadata, or a folder a class", affects_result=False
+    )
+    condition_file: str | None = option(
+        None, "safetensors file as data.condition_file, with the queries' vectors", affects_result=False
+    )
 
 
 @dataclass
@@ -369,7 +389,9 @@ class Command:
 TRAIN_SECTIONS = ("data", "model", "diffusion", "training")
 COMMANDS: dict[str, Command] = {
     "train": Command("train the base model", PipelineConfig, TRAIN_SECTIONS, TRAIN_SECTIONS),
-    "sample": Command("generate the queries", PipelineConfig, ("sampler", "queries"), ("sampler", "queries")),
+    "sample": Command(
+        "generate the queries, or read them", PipelineConfig, ("sampler", "queries"), ("sampler", "queries")
+    ),
     "unlearn": Command("one unlearned model a query", PipelineConfig, ("method", "unlearning")),
     "score": Command(
         "score every training image for every query",
@@ -393,6 +415,7 @@ SECTION_SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"digits": DigitsConfig, "image_folder": ImageFolderConfig, "huggingface": HuggingFaceConfig},
     "model": {"dit": DiTConfig, "unet": UNetConfig, "pretrained": PretrainedConfig},
     "diffusion": {"edm": EDMConfig, "vp": VPConfig, "ddpm": DDPMConfig},
+    "queries": {"sampled": SampledQueriesConfig, "folder": FolderQueriesConfig},
 }
 """Sections whose schema depends on their ``name``."""
 

@@ -13,8 +13,8 @@ TENSOR = "condition"
 INDEX_COLUMN = "condition_index"
 
 
-def find_file(text: str, folder: Path) -> Path:
-    """The condition file that a configuration value names: in ``folder``, or relative to where the command is typed.
+def find_file(text: str, folder: Path, key: str = "data.condition_file") -> Path:
+    """The condition file that the value of ``key`` names: in ``folder``, or relative to where the command is typed.
 
     Raises:
         UserError: there is no such file.
@@ -24,7 +24,7 @@ def find_file(text: str, folder: Path) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        "data.condition_file",
+        key,
         f"got {text}; no file {' or '.join(map(str, dict.fromkeys(candidates)))}. Set it to a safetensors file.",
     )
 

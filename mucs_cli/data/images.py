@@ -1,7 +1,7 @@
 """The training images of a run as the rest of the package sees them: pixels, labels, conditions, metadata."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -124,6 +124,43 @@ class ImageDataset:
         pixel = 2 * np.arange(self.levels + 1) / self.levels - 1
         mean = np.average(pixel, weights=self._raw_counts)
         return float(np.sqrt(np.average((pixel - mean) ** 2, weights=self._raw_counts)))
+
+
+@dataclass(eq=False)
+class LatentDataset(ImageDataset):
+    """The same images in the latent space of a model: ``raw`` is float32 [N, c, h, w], taken as it is.
+
+    The fingerprint stays that of the pictures: with the model's, which covers its autoencoder, it decides the latents.
+    """
+
+    @classmethod
+    def of(cls, pixels: ImageDataset, latent: np.ndarray) -> "LatentDataset":
+        """Everything of ``pixels``, with ``latent``, float32 [N, c, h, w], in place of the pixels."""
+        same = {entry.name: getattr(pixels, entry.name) for entry in fields(ImageDataset)}
+        return cls(**same | {"raw": latent})
+
+    def images(self, example_ids: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """float32 [B, c, h, w]."""
+        return torch.from_numpy(np.array(self.raw[np.asarray(example_ids)]))
+
+    @cached_property
+    def _moments(self) -> tuple[float, float]:
+        """Mean and mean square over all values of the training images' latents, in float64."""
+        total, square, count = 0.0, 0.0, 0
+        size = block_size(self.raw.shape[1:])
+        for start in range(0, len(self.training), size):
+            block = self.raw[self.training[start : start + size]].astype(np.float64)
+            total, square, count = total + block.sum(), square + (block**2).sum(), count + block.size
+        return float(total / count), float(square / count)
+
+    @property
+    def mean_square(self) -> float:
+        return self._moments[1]
+
+    @property
+    def std(self) -> float:
+        mean, square = self._moments
+        return float(np.sqrt(max(square - mean**2, 0.0)))
 
 
 def to_pixels(raw: np.ndarray, levels: int) -> Tensor:

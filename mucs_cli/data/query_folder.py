@@ -105,7 +105,8 @@ def query_conditions(
     if dataset.condition is not None:
         if condition_file is None:
             return None
-        vectors = ConditionFile(find_file(condition_file, folder), files, metadata.get(INDEX_COLUMN))
+        path = find_file(condition_file, folder, "queries.condition_file")
+        vectors = ConditionFile(path, files, metadata.get(INDEX_COLUMN))
         if vectors.shape[1] != dataset.condition_dim:
             raise UserError(
                 str(vectors.path),

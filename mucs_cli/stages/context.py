@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mucs_cli.artifacts import Stage
 
 PER_COMMAND = ("run", "device", "overwrite", "stages")
-"""Keys that belong to one command line, not to the run."""
+"""Keys that belong to one command line, not to the run; ``queries.index`` is another."""
+PATHS = ("data.path", "data.text_encoder", "model.path", "queries.path", "queries.condition_file")
+"""Keys that name a file or folder, relative to where the command is typed; some may also name one on a hub."""
 
 MAX_VARIANT_NAME = 100
 
@@ -50,6 +52,7 @@ class Context:
         base: the run's own values of the sections that name variants: {section: {key: value}}.
         record: what run.json is to hold once a stage begins: the run's own configuration, with the sections that this
             command decides as they are now; empty for commands that only read.
+        typed: the keys that were typed on this command line.
     """
 
     command: str
@@ -57,6 +60,7 @@ class Context:
     run: Path
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    typed: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, command: str, cfg: DictConfig, overrides: list[str], cwd: Path) -> "Context":
@@ -95,8 +99,11 @@ class Context:
         for key in typed_keys(overrides, composed, finished):
             set_value(values, key, get_value(composed, key))
         config = validate(OmegaConf.create(values), schema)
+        typed = tuple(override.key_or_group for override in parse(overrides))
         if config.model.name == "pretrained":
-            refuse_training_keys(overrides)
+            refuse_typed(typed, ("diffusion", "training"), "model=pretrained, which brings its own")
+        if config.queries.name == "folder":
+            refuse_typed(typed, ("sampler",), "queries=folder, where nothing is sampled")
         for section, (stage, decided) in finished.items():
             check_against(decided, section, config, stage, run)
 
@@ -110,7 +117,8 @@ class Context:
             config=config,
             run=run,
             base={section: result_config(getattr(base, section)) for section in VARIANT_SECTIONS},
-            record=record | {"config": record["config"] | {key: values[key] for key in owned}},
+            record=record | {"config": without_index(record["config"] | {key: values[key] for key in owned})},
+            typed=typed,
         )
 
     def for_stage(self, stage: str) -> "Context":
@@ -139,6 +147,8 @@ class Context:
         command: str,
         sections: tuple[str, ...] = (),
         inputs: Mapping[str, Any] | None = None,
+        queries: Mapping[int, str] | None = None,
+        may_grow: tuple[str, ...] = (),
     ) -> "Stage":
         """The stage that fills ``folder``; when it begins, run.json is written first.
 
@@ -147,12 +157,13 @@ class Context:
             command: the command that fills it.
             sections: whose result-affecting values are part of its identity.
             inputs: fingerprints of what it reads.
+            queries, may_grow: see ``Stage``.
         """
         from mucs_cli.artifacts import Stage  # torch takes seconds to import; `mucs status` does without
 
         config = {section: result_config(getattr(self.config, section)) for section in sections}
         identity = {"config": config, "inputs": dict(inputs or {})}
-        return Stage(folder, command, identity, self.config.overwrite, self.write_record)
+        return Stage(folder, command, identity, self.config.overwrite, self.write_record, queries, may_grow)
 
     def write_record(self) -> None:
         """Writes run.json where it is missing or says something else of the sections this command decides."""
@@ -178,19 +189,25 @@ def absolute(path: str, cwd: Path) -> Path:
 
 
 def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:
-    """Plain values, with the data's paths made absolute: a later command may be typed in another folder.
+    """Plain values, with paths made absolute: a later command may be typed in another folder.
 
-    A name that can also be one on a hub (``uoft-cs/cifar10``) is a path where there is such a file or folder.
+    What may also be another name (a data set on a hub, a file in the data's folder) is a path where there is one.
     """
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
-    for key in ("path", "text_encoder"):
-        path = OmegaConf.select(cfg, f"data.{key}", throw_on_missing=False)
-        if path is not None and (cfg.data.name == "image_folder" or absolute(str(path), cwd).exists()):
-            values["data"][key] = str(absolute(str(path), cwd))
-    model = OmegaConf.select(cfg, "model.path", throw_on_missing=False)
-    if model is not None:
-        values["model"]["path"] = str(absolute(str(model), cwd))
+    for key in PATHS:
+        text = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if text is None:
+            continue
+        path = absolute(str(text), cwd)
+        may_be_a_name = key == "data.path" and cfg.data.name != "image_folder"
+        if path.exists() or not (may_be_a_name or key in ("data.text_encoder", "queries.condition_file")):
+            set_value(values, key, str(path))
     return values
+
+
+def without_index(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with ``queries.index`` as it is by default."""
+    return values | {"queries": values["queries"] | {"index": None}} if "queries" in values else values
 
 
 def get_value(values: Mapping[str, Any], key: str) -> Any:
@@ -235,13 +252,15 @@ def base_values(command: str, composed: dict[str, Any], overrides: list[str], cw
     ]
     source = composed if len(kept) == len(parse(overrides)) else as_values(compose(command, kept), cwd)
     values = composed | {section: source[section] for section in VARIANT_SECTIONS}
-    return {key: value for key, value in values.items() if key not in PER_COMMAND}
+    return without_index({key: value for key, value in values.items() if key not in PER_COMMAND})
 
 
 def from_record(record: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an existing run, with this command line's own keys; a copy."""
     own = {key: composed[key] for key in PER_COMMAND if key in composed}
-    return copy.deepcopy({**composed, **record["config"], **own})
+    values = copy.deepcopy({**composed, **record["config"], **own})
+    values["queries"]["index"] = composed["queries"]["index"]
+    return values
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -264,12 +283,11 @@ def chosen_experiment() -> str | None:
     return HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
 
 
-def refuse_training_keys(overrides: list[str]) -> None:
-    """Refuses typed keys of how a model is trained, where it is not trained here: they would have no effect."""
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key.partition(".")[0] in ("diffusion", "training"):
-            raise UserError(key, "has no effect with model=pretrained, which brings its own. Leave it out.")
+def refuse_typed(typed: Iterable[str], sections: tuple[str, ...], where: str) -> None:
+    """Refuses typed keys of sections that would have no effect."""
+    for key in typed:
+        if key.partition(".")[0] in sections:
+            raise UserError(key, f"has no effect with {where}. Leave it out.")
 
 
 # --- finished stages -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from mucs_cli.reporting.pictures import top_picture
 from mucs_cli.reporting.results import RunResults
 from mucs_cli.runtime import log
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.loading import recorded_data
 
 
 def run(context: Context) -> None:
@@ -25,7 +26,7 @@ def run(context: Context) -> None:
     assert isinstance(config, PipelineConfig)
     results = RunResults(context.run)
     if not (context.run / "data" / "images.safetensors").exists():
-        load_dataset(config.data, context.run)  # the decoded images were cleaned; this decodes them again
+        load_dataset(recorded_data(config.data, context.run), context.run)  # the decoded images were cleaned
     folder = context.folder("report")
     identity = {"config": {"report": result_config(config.report)}, "inputs": inputs(results)}
     if is_current(folder, identity):

@@ -1,116 +1,220 @@
-"""``mucs sample``: generates the queries, each from a random stream of its own."""
+"""``mucs sample``: generates the queries, each from a random stream of its own, or reads them from a folder."""
 
+import csv
+import io
 import math
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mucs_cli.artifacts import write_atomic, write_tensors
-from mucs_cli.config import QueriesConfig
-from mucs_cli.data.dataset import ImageDataset
-from mucs_cli.diffusion.sampler import sample
+from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
+from mucs_cli.config import FolderQueriesConfig, SampledQueriesConfig
+from mucs_cli.data.query_folder import FolderQueries, load_query_folder
+from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.errors import UserError
-from mucs_cli.rng import ShuffledOrder, derive_seed
-from mucs_cli.runtime import Progress, log, log_file, smaller_batch
+from mucs_cli.rng import derive_seed
+from mucs_cli.runtime import log, log_file
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.loading import BaseModel, load_base_model, load_data, prepare_device
+from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
+from mucs_cli.stages.loading import Inputs, load_inputs
+
+PICTURES_AT_ONCE = 16
+"""Pictures an autoencoder encodes or decodes at once."""
+
+
+@dataclass(frozen=True)
+class NewQueries:
+    """Queries to add to a run.
+
+    Attributes:
+        tensors: ``image`` [Q, C, H, W] in the model's space; ``picture`` [Q, C, H, W] in [-1, 1] where that is another;
+            ``condition`` if the model has conditions; ``seed`` [Q] of sampled ones.
+        fingerprints: of each.
+        columns: columns of Q strings for queries.csv; empty for sampled ones.
+    """
+
+    tensors: dict[str, Tensor]
+    fingerprints: list[str]
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
 
 def run(context: Context) -> None:
-    """Writes ``sample/``: ``samples.safetensors``, ``grid.png`` and the manifest."""
-    config = context.config
-    device = prepare_device(context)
-    data = load_data(context)
-    model = load_base_model(context, data, device)
+    """Writes ``sample/``: ``samples.safetensors``, ``grid.png``, ``queries.csv`` of a folder, and the manifest."""
+    inputs = load_inputs(context)
+    if isinstance(context.config.queries, FolderQueriesConfig):
+        read_queries(context, inputs, context.config.queries)
+    else:
+        sample_queries(context, inputs, context.config.queries)
+
+
+def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfig) -> None:
+    """Generates the queries that the run does not have yet; those it has stay as they are, to the bit."""
     folder = context.folder("sample")
-    stage = context.stage(folder, "sample", sections=("sampler", "queries"), inputs={"model": model.fingerprint})
+    refuse_sampler_keys(context, inputs.model)
+    known = recorded_queries(folder)
+    stage = context.stage(
+        folder,
+        "sample",
+        sections=("sampler", "queries"),
+        inputs={"model": inputs.model.fingerprint, "dataset": inputs.data.fingerprint},
+        queries={query: known.get(query, "to be sampled") for query in range(config.num)},
+        may_grow=("config.queries.num",),
+    )
+    if stage.is_done():
+        log.info("sample: up to date (%s)", folder)
+        return
+    condition = query_conditions(inputs.model, inputs.data, config)
+    stage.begin()
+    with log_file(folder / "log.txt"):
+        new = range(len(stage.known_queries()), config.num)
+        seeds = torch.tensor([derive_seed(config.seed, "query", i) for i in new])
+        chosen = None if condition is None else condition[new.start :]
+        tensors = {"image": generate(context, inputs, seeds, chosen), "seed": seeds}
+        if inputs.model.codec is not None:
+            tensors["picture"] = decode(inputs.model.codec, tensors["image"], inputs.device)
+        if chosen is not None:
+            tensors["condition"] = chosen
+        decisive = [tensor for name, tensor in tensors.items() if name != "picture"]
+        prints = [fingerprint(*(tensor[i] for tensor in decisive)) for i in range(len(new))]
+        facts = {"device": str(inputs.device), "seeds": {"queries": config.seed}}
+        write_queries(stage, NewQueries(tensors, prints), facts)
+
+
+def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) -> None:
+    """Reads the folder's pictures; those the run does not have yet come after those it has."""
+    folder = context.folder("sample")
+    network = inputs.model.denoiser.network
+    found = load_query_folder(config.path, inputs.pixels, context.config.data, config.condition_file)
+    if network.is_conditional and found.condition is None:
+        what = (
+            "a class: a column label in its metadata.csv, or folders named after the classes"
+            if network.num_classes
+            else "its condition vector: set queries.condition_file"
+        )
+        raise UserError("queries.path", f"got {config.path}; the model is conditional. Give every picture {what}.")
+    condition = found.condition if network.is_conditional else None
+    prints = [
+        fingerprint(sha256, *([] if condition is None else [condition[i]])) for i, sha256 in enumerate(found.sha256)
+    ]
+    order = order_of(found, folder, context.config.overwrite)
+    stage = context.stage(
+        folder,
+        "sample",
+        sections=("queries",),
+        inputs={"model": inputs.model.fingerprint, "dataset": inputs.data.fingerprint},
+        queries={query: prints[position] for query, position in enumerate(order)},
+    )
     if stage.is_done():
         log.info("sample: up to date (%s)", folder)
         return
     stage.begin()
     with log_file(folder / "log.txt"):
-        seeds = torch.tensor([derive_seed(config.queries.seed, "query", i) for i in range(config.queries.num)])
-        condition = query_conditions(model, data, config.queries)
-        image = generate(context, model, seeds, condition, (data.channels, data.height, data.width), device)
-        tensors = {"image": image, "seed": seeds, "role": torch.zeros(len(image), dtype=torch.int64)}
+        new = order[len(stage.known_queries()) :]
+        picture = found.image[new]
+        tensors = {"image": picture}
+        if inputs.model.codec is not None:
+            tensors = {"image": encode(inputs.model.codec, picture, inputs.device), "picture": picture}
         if condition is not None:
-            tensors["condition"] = condition
-        write_tensors(folder / "samples.safetensors", tensors, {"role": "0 target, 1 control"})
-        write_grid(image, folder / "grid.png")
-        stage.finish(
-            {"device": str(device), "seeds": {"queries": config.queries.seed}, "counts": {"queries": len(image)}},
-            [folder / "samples.safetensors", folder / "grid.png"],
-        )
-        log.info("sample: %d queries, pictures in %s", len(image), folder / "grid.png")
+            tensors["condition"] = condition[new]
+        columns = {"file": [], **found.metadata} | {"file": found.file}
+        columns = {name: [cells[i] for i in new] for name, cells in columns.items() if name != "query"}
+        queries = NewQueries(tensors, [prints[position] for position in new], columns)
+        write_queries(stage, queries, {"folder": config.path})
 
 
-def query_conditions(model: BaseModel, data: ImageDataset, config: QueriesConfig) -> Tensor | None:
-    """What each query is sampled under; None for an unconditional model.
+def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:
+    """Positions of the folder's pictures in the order of query ids: those the run has, then the others.
 
-    Labels: the chosen classes in turn. Vectors: those of training images drawn from the stream ("query_condition").
+    Raises:
+        UserError: a picture that the run has is gone, and ``overwrite`` is false.
     """
-    network, classes, count = model.denoiser.network, config.classes, config.num
-    num_classes = network.num_classes
-    if not num_classes:
-        if classes is not None:
-            raise UserError("queries.classes", f"got {classes}; the model has no classes. Leave it out.")
-        if not network.is_conditional:
-            return None
-        order = ShuffledOrder(len(data.training), config.seed, "query_condition")
-        return data.conditions(data.training[order.batch(0, count).numpy()])
-    classes = list(range(num_classes)) if classes is None else classes
-    if not classes or not all(0 <= c < num_classes for c in classes):
-        raise UserError("queries.classes", f"got {classes}; expected classes from 0 to {num_classes - 1}.")
-    return torch.tensor([classes[i % len(classes)] for i in range(count)])
-
-
-def generate(
-    context: Context,
-    model: BaseModel,
-    seeds: Tensor,
-    condition: Tensor | None,
-    shape: tuple[int, int, int],
-    device: torch.device,
-) -> Tensor:
-    """Samples one image a seed; [Q, C, H, W], float32, clipped to [-1, 1], on the CPU."""
-    settings = context.config.sampler
-    network = model.denoiser.network
-    if settings.guidance != 1 and network.is_conditional and not network.has_null_condition:
-        raise UserError("sampler.guidance", f"got {settings.guidance}; the model has no null condition. Set it to 1.")
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
-    guided = settings.guidance != 1
-    images: list[Tensor] = []
-    done, size = 0, settings.batch_size
-    with Progress("sample", len(seeds), "images") as progress:
-        while done < len(seeds):
-            part = slice(done, done + size)
-            label = None if condition is None else condition[part].to(device)
-            try:
-                batch = sample(
-                    model.denoiser,
-                    noise[part].to(device),
-                    label,
-                    null_condition=network.null_condition(label) if label is not None and guided else None,
-                    guidance=1.0 if label is None else settings.guidance,
-                    num_steps=settings.num_steps,
-                    sigma_min=settings.sigma_min,
-                    sigma_max=settings.sigma_max,
-                    rho=settings.rho,
-                )
-            except RuntimeError as error:
-                size = smaller_batch(error, min(size, len(seeds)), "sampler.batch_size")
-                continue
-            images.append(batch.cpu())
-            done += len(batch)
-            progress.advance(len(batch))
-    image = torch.cat(images)
-    if not image.isfinite().all():
+    position = {file: i for i, file in enumerate(found.file)}
+    known = recorded_files(folder)
+    gone = [file for file in known if file not in position]
+    if gone and overwrite:
+        shutil.rmtree(folder)
+        known = []
+    elif gone:
         raise UserError(
-            "sampler", "got samples that are not finite. Train the model longer or with a lower learning rate."
+            "queries.path",
+            f"got a folder without {gone[0]}, which {folder / 'queries.csv'} has. Put it back, or use another run=, or "
+            "overwrite=true to read the queries afresh.",
         )
-    return image.clamp(-1, 1)
+    return [position[file] for file in known] + [i for file, i in position.items() if file not in set(known)]
+
+
+def recorded_queries(folder: Path) -> dict[int, str]:
+    """id -> fingerprint of the queries of a finished stage; empty without one."""
+    path = folder / "manifest.json"
+    queries = read_json(path).get("queries", {}) if path.exists() else {}
+    return {int(query): print_ for query, print_ in queries.items()}
+
+
+def recorded_files(folder: Path) -> list[str]:
+    """File names of the queries of a finished stage, by id; empty without one, or where they were sampled."""
+    path = folder / "queries.csv"
+    if not path.exists() or not (folder / "manifest.json").exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["file"] for row in csv.DictReader(file)][: len(recorded_queries(folder))]
+
+
+def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
+    """Appends the new queries to those of the finished stage, if there is one, and finishes it."""
+    folder, known = stage.folder, stage.known_queries()
+    tensors, columns = new.tensors, new.columns
+    tensors["role"] = torch.zeros(len(new.fingerprints), dtype=torch.int64)
+    path = folder / "samples.safetensors"
+    if known:
+        old = read_tensors(path, stage.previous["outputs"][path.name]["sha256"])
+        tensors = {name: torch.cat([old[name], tensor]) for name, tensor in tensors.items()}
+        columns = joined_columns(folder / "queries.csv", columns, len(known))
+    stage.queries = known | dict(enumerate(new.fingerprints, len(known)))
+    write_tensors(path, tensors, {"role": "0 target, 1 control"})
+    write_grid(tensors.get("picture", tensors["image"]), folder / "grid.png")
+    outputs = [path, folder / "grid.png"]
+    if columns:
+        write_columns(folder / "queries.csv", columns)
+        outputs.append(folder / "queries.csv")
+    stage.finish({**facts, "counts": {"queries": len(stage.queries)}}, outputs)
+    added = f", {len(new.fingerprints)} of them new" if known else ""
+    log.info("sample: %d queries%s, pictures in %s", len(stage.queries), added, folder / "grid.png")
+
+
+def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[str, list[str]]:
+    """The columns of a queries.csv of ``count`` rows with the new rows below them; empty cells where one has none."""
+    if not new:
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[:count]
+    names = dict.fromkeys([*(name for name in rows[0] if name != "query"), *new])
+    length = len(next(iter(new.values())))
+    return {name: [row.get(name, "") for row in rows] + new.get(name, [""] * length) for name in names}
+
+
+def write_columns(path: Path, columns: dict[str, list[str]]) -> None:
+    """``query`` and the columns, a row a query."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["query", *columns])
+    rows.writerows([query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True)))
+    write_text(path, text.getvalue())
+
+
+def encode(codec: LatentCodec, picture: Tensor, device: torch.device) -> Tensor:
+    """Latents, on the CPU."""
+    return torch.cat([codec.encode(part.to(device)).cpu() for part in picture.split(PICTURES_AT_ONCE)])
+
+
+def decode(codec: LatentCodec, latent: Tensor, device: torch.device) -> Tensor:
+    """Pictures in [-1, 1], on the CPU."""
+    parts = [codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in latent.split(PICTURES_AT_ONCE)]
+    return torch.cat(parts)
 
 
 def write_grid(image: Tensor, path: Path, columns: int = 10, gap: int = 1) -> None:

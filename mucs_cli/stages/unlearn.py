@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +18,13 @@ from mucs_cli.attribution.unlearning import (
     unlearn,
 )
 from mucs_cli.config import UnlearningConfig, number_or_word
-from mucs_cli.data.dataset import ImageDataset
+from mucs_cli.data.images import ImageDataset
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder
 from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.loading import BaseModel, load_base_model, load_data, load_queries, prepare_device
+from mucs_cli.stages.loading import BaseModel, load_inputs, load_queries
+from mucs_cli.stages.unlearned import query_file
 
 SECTIONS = ("unlearning",)
 
@@ -32,14 +32,17 @@ SECTIONS = ("unlearning",)
 def run(context: Context) -> None:
     """Writes ``unlearn/<variant>/``: ``query_<i>.safetensors``, ``log.jsonl`` and the manifest."""
     config = context.config.unlearning
-    device = prepare_device(context)
-    data = load_data(context)
-    model = load_base_model(context, data, device)
+    inputs = load_inputs(context)
+    model, data, device = inputs.model, inputs.data, inputs.device
     queries = load_queries(context, model)
-    variant = context.variant(*SECTIONS)
-    folder = context.folder("unlearn", variant)
-    inputs = {"dataset": data.fingerprint, "model": model.fingerprint, "queries": queries.fingerprint}
-    stage = context.stage(folder, "unlearn", sections=("unlearning",), inputs=inputs)
+    folder = context.folder("unlearn", context.variant(*SECTIONS))
+    stage = context.stage(
+        folder,
+        "unlearn",
+        sections=SECTIONS,
+        inputs={"dataset": data.fingerprint, "model": model.fingerprint},
+        queries=queries.wanted,
+    )
     if stage.is_done():
         log.info("unlearn: up to date (%s)", folder)
         return
@@ -60,34 +63,29 @@ def run(context: Context) -> None:
             num_steps=config.num_steps,
             micro_batch_size=config.micro_batch_size,
         )
-        done: dict[str, Any] = {
-            query: summary for query, summary in stage.progress.items() if query_file(folder, int(query)).exists()
+        results = {record["query"]: record for record in stage.previous.get("results", [])}
+        results |= {
+            int(query): {"query": int(query), **summary}
+            for query, summary in stage.progress.items()
+            if query_file(folder, int(query)).exists()
         }
-        keep_log_of(folder / "log.jsonl", {int(query) for query in done})
+        keep_log_of(folder / "log.jsonl", set(results))
         base = {
             name: p.detach().clone() for name, p in model.denoiser.network.named_parameters() if name in set(trainable)
         }
-        with Progress("unlearn", len(queries), "queries", len(done)) as progress:
-            for i in range(len(queries)):
-                if str(i) in done:
-                    continue
+        todo = [query for query in queries.selected if query not in results]
+        with Progress("unlearn", len(queries.selected), "queries", len(queries.selected) - len(todo)) as progress:
+            for i in todo:
                 restore(model, base)
                 started = time.monotonic()
                 result = unlearn_one(
-                    model,
-                    data,
-                    queries.image[i],
-                    label_of(queries.condition, i),
-                    settings,
-                    config,
-                    trainable,
-                    i,
-                    device,
+                    model, data, queries.image[i], queries.condition_of(i), settings, config, trainable, i, device
                 )
                 write_tensors(query_file(folder, i), result.tensors)
                 append_log(folder / "log.jsonl", i, result)
-                done[str(i)] = result.summary() | {"seconds": round(time.monotonic() - started, 2)}
-                stage.save_progress(done)
+                summary = result.summary() | {"seconds": round(time.monotonic() - started, 2)}
+                results[i] = {"query": i, **summary}
+                stage.save_progress(stage.progress | {str(i): summary})
                 progress.advance(note=describe(result))
                 log.info("unlearn: query %d, %s", i, describe(result))
                 if result.reached_bound is False:
@@ -97,6 +95,8 @@ def run(context: Context) -> None:
                         config.tolerance * bound,
                         config.max_steps,
                     )
+        # what an interrupted attempt with another queries.index has done counts as well
+        stage.queries = {query: queries.fingerprints[query] for query in results}
         stage.finish(
             {
                 "device": str(device),
@@ -105,19 +105,11 @@ def run(context: Context) -> None:
                 "null_loss": bound,
                 "null_loss_source": source,
                 "trainable": trainable,
-                "counts": {"queries": len(queries), "trainable_tensors": len(trainable)},
-                "queries": [{"query": i, **done[str(i)]} for i in range(len(queries))],
+                "counts": {"queries": len(results), "trainable_tensors": len(trainable)},
+                "results": [results[query] for query in sorted(results)],
             },
-            [*(query_file(folder, i) for i in range(len(queries))), folder / "log.jsonl"],
+            [*(query_file(folder, query) for query in sorted(results)), folder / "log.jsonl"],
         )
-
-
-def query_file(folder: Path, query: int) -> Path:
-    return folder / f"query_{query:04d}.safetensors"
-
-
-def label_of(condition: Tensor | None, query: int) -> Tensor | None:
-    return None if condition is None else condition[query : query + 1]
 
 
 def choose_trainable(model: BaseModel, config: UnlearningConfig) -> list[str]:

@@ -1,0 +1,82 @@
+"""Filling a file block by block: passes over the training images that go on where an interrupted attempt stopped."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mucs_cli.artifacts import BlockFile
+from mucs_cli.attribution.scoring import Block
+from mucs_cli.runtime import Progress
+
+Arrays = dict[str, np.memmap]
+
+
+class BlockWork(ABC):
+    """What is computed for every block of training images, in one or several passes over them.
+
+    Attributes:
+        title, unit: for the progress line.
+        tensors: of the file; name -> (dtype, shape), see ``BlockFile``.
+        passes: what each pass is for, for example its queries.
+    """
+
+    title: str
+    unit: str = "evaluations"
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    passes: Sequence[Sequence[int]]
+
+    @abstractmethod
+    def blocks(self) -> list[Block]:
+        """The blocks of the training images; all of one size."""
+
+    @abstractmethod
+    def cost(self, block: Block, part: Sequence[int]) -> int:
+        """How much of ``unit`` a block of a pass takes."""
+
+    def begin(self, arrays: Arrays) -> None:
+        """Fills in what needs no computation."""
+        return
+
+    def load(self, part: Sequence[int]) -> Any:
+        """What a pass needs; loaded once a pass, and only if a block of it is left."""
+        return None
+
+    @abstractmethod
+    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+        """Computes a block of a pass and stores it in ``arrays``."""
+
+    def shrink(self, error: RuntimeError) -> None:
+        """Makes the blocks smaller after running out of memory; any other error is raised again."""
+        raise error
+
+
+def fill_file(path: Path, identity: str, work: BlockWork) -> None:
+    """Computes every block of every pass that an interrupted attempt has not, and puts the file in place.
+
+    Args:
+        path: the finished file.
+        identity: of what is being computed; a partial file of another identity, or of other blocks, is begun afresh.
+        work: what to compute.
+    """
+    while True:
+        blocks = work.blocks()
+        size = blocks[0].size if blocks else 0
+        file = BlockFile(path, work.tensors, f"{identity}/{size}")
+        work.begin(file.arrays)
+        todo = [[b for b in blocks if p * len(blocks) + b.index not in file.done] for p in range(len(work.passes))]
+        total = sum(work.cost(b, part) for part in work.passes for b in blocks)
+        left = sum(work.cost(b, part) for part, some in zip(work.passes, todo, strict=True) for b in some)
+        try:
+            with Progress(work.title, total, work.unit, total - left) as progress:
+                for p, part in enumerate(work.passes):
+                    loaded = work.load(part) if todo[p] else None
+                    for block in todo[p]:
+                        work.fill(file.arrays, block, part, loaded, progress)
+                        file.commit(p * len(blocks) + block.index)
+            file.finish()
+            return
+        except RuntimeError as error:
+            work.shrink(error)

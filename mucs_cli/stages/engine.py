@@ -1,0 +1,162 @@
+"""The score engine at work in a run: losses of any models over all training images, block by block, kept on disk."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mucs_cli.artifacts import Stage, fingerprint, map_tensor, require_manifest, sha256_file, write_tensors
+from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of, choose_block_size
+from mucs_cli.config import NoiseBankConfig
+from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
+from mucs_cli.errors import UserError
+from mucs_cli.runtime import Progress, log, smaller_batch
+from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
+from mucs_cli.stages.context import Context
+from mucs_cli.stages.loading import Inputs, machine_facts, save_machine_facts
+
+
+class Engine:
+    """Losses of any models over all training images under one bank, in blocks of one size."""
+
+    def __init__(self, context: Context, inputs: Inputs, bank: NoiseBank):
+        self.context = context
+        self.denoiser = inputs.model.denoiser
+        self.data = inputs.data
+        self.bank = bank.to(inputs.device)
+        self.device = inputs.device
+        self.conditional = self.denoiser.network.is_conditional
+        self.block_size = self._block_size()
+        self.evaluations = 0
+        self.seconds = 0.0
+
+    @property
+    def num_images(self) -> int:
+        return len(self.data.training)
+
+    def blocks(self) -> list[Block]:
+        return blocks_of(self.num_images, self.block_size)
+
+    def load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and their own conditions, on the device."""
+        ids = self.data.training[rows.numpy()]
+        conditions = self.data.conditions(ids) if self.conditional else None
+        return self.data.images(ids).to(self.device), None if conditions is None else conditions.to(self.device)
+
+    def losses(self, block: Block, models: Sequence[Mapping[str, Tensor]], progress: Progress) -> Tensor:
+        """[M, len(block), n]."""
+        image, condition = self.load(block.rows())
+        started = time.perf_counter()
+        losses = bank_losses(self.denoiser, image, condition, self.bank, models, lambda _: progress.advance(len(block)))
+        self.seconds += time.perf_counter() - started
+        self.evaluations += len(models) * len(block) * len(self.bank)
+        return losses[:, : len(block)]
+
+    def shrink(self, error: RuntimeError) -> None:
+        """A smaller block after running out of memory; any other error is raised again."""
+        self.block_size = smaller_batch(error, self.block_size, "score.batch_size", GRANULE)
+        self._remember_block_size()
+
+    def throughput(self) -> float | None:
+        """Evaluations (an image under a draw, through one model) a second; None where nothing was computed."""
+        return round(self.evaluations / self.seconds, 1) if self.seconds else None
+
+    def _block_size(self) -> int:
+        """From the config, else from the run's earlier measurement, else measured now and stored in the run."""
+        given = self.context.config.score.batch_size
+        if given is not None:
+            return int(given)
+        known = machine_facts(self.context.run).get("score_block_size", {}).get(self._key())
+        if known is not None:
+            return int(known)
+        rows = torch.arange(min(self.num_images, 256))
+        image, condition = self.load(rows)
+        self.block_size = choose_block_size(self.denoiser, image, condition, self.bank, self.num_images)
+        log.info("score: %d images a forward pass (measured; kept in machine.json)", self.block_size)
+        self._remember_block_size()
+        return self.block_size
+
+    def _key(self) -> str:
+        return f"{self.device.type}/{self.num_images}"
+
+    def _remember_block_size(self) -> None:
+        facts = machine_facts(self.context.run)
+        sizes = {**facts.get("score_block_size", {}), self._key(): self.block_size}
+        save_machine_facts(self.context.run, {**facts, "score_block_size": sizes})
+
+
+def prepare_bank(context: Context, config: NoiseBankConfig, inputs: Inputs) -> tuple[NoiseBank, str]:
+    """Draws the bank, at noise levels the model can take, and stores it under its fingerprint unless it is there.
+
+    Returns:
+        The bank, and its fingerprint.
+    """
+    data = inputs.data
+    bank = draw_noise_bank(
+        config.num_draws,
+        (data.channels, data.height, data.width),
+        grid=config.grid,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        rho=config.rho,
+        seed=config.seed,
+        nearest_sigma=inputs.model.denoiser.nearest_sigma,
+    )
+    bank_print = fingerprint(bank.sigma, bank.noise)
+    path = context.folder("noise_bank", f"{bank_print[:16]}.safetensors")
+    if not path.exists():
+        write_tensors(path, {"sigma": bank.sigma, "noise": bank.noise})
+    return bank, bank_print
+
+
+class BaseLosses(BlockWork):
+    """The base model's losses [N, n] under the engine's bank."""
+
+    title = "score: base model"
+    passes = ((0,),)
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.tensors = {"loss": ("float32", (engine.num_images, len(engine.bank)))}
+
+    def blocks(self) -> list[Block]:
+        return self.engine.blocks()
+
+    def cost(self, block: Block, part: Sequence[int]) -> int:
+        return len(block) * len(self.engine.bank)
+
+    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+        loss = self.engine.losses(block, [{}], progress)[0]
+        finite = loss.isfinite().all(dim=1)
+        if not finite.all():
+            data = self.engine.data
+            example = int(data.training[block.start + int((~finite).nonzero()[0])])
+            raise UserError(
+                f"example {example} ({data.file[example]})",
+                "got a base-model loss that is not finite. Check the image, or train the model longer.",
+            )
+        arrays["loss"][block.start : block.stop] = loss.numpy()
+
+    def shrink(self, error: RuntimeError) -> None:
+        self.engine.shrink(error)
+
+
+def base_losses(context: Context, engine: Engine, model_print: str, bank_print: str) -> np.ndarray:
+    """The base model's losses [N, n] under the bank: from ``score/_base/``, or computed into it."""
+    inputs = {"dataset": engine.data.fingerprint, "model": model_print, "noise_bank": bank_print}
+    folder = context.folder("score", "_base", fingerprint(inputs)[:16])
+    stage = Stage(folder, "score", {"config": {}, "inputs": inputs})
+    path = folder / "losses.safetensors"
+    if stage.is_done() and path.exists():
+        recorded = require_manifest(folder, "score")["outputs"][path.name]["sha256"]
+        if sha256_file(path) == recorded:
+            return map_tensor(path, "loss")
+        log.warning("%s is damaged; computing it again", path)
+    stage.begin()
+    fill_file(path, fingerprint(inputs), BaseLosses(engine))
+    counts = {"training_images": engine.num_images, "draws": len(engine.bank)}
+    stage.finish({"counts": counts, "block_size": engine.block_size}, [path])
+    return map_tensor(path, "loss")

@@ -1,0 +1,83 @@
+"""Generating queries with the base model: their conditions, and the sampler in batches that fit into memory."""
+
+import torch
+from torch import Tensor
+
+from mucs_cli.config import SampledQueriesConfig
+from mucs_cli.data.images import ImageDataset
+from mucs_cli.diffusion.ddpm import DDPMDenoiser
+from mucs_cli.diffusion.sampler import sample
+from mucs_cli.errors import UserError
+from mucs_cli.rng import ShuffledOrder
+from mucs_cli.runtime import Progress, smaller_batch
+from mucs_cli.stages.context import Context
+from mucs_cli.stages.loading import BaseModel, Inputs
+
+
+def refuse_sampler_keys(context: Context, model: BaseModel) -> None:
+    """Raises UserError for typed keys that a model with a discrete schedule does not use."""
+    if isinstance(model.denoiser, DDPMDenoiser):
+        for key in ("sampler.sigma_min", "sampler.sigma_max", "sampler.rho"):
+            if key in context.typed:
+                raise UserError(key, "has no effect on a discrete schedule, which has levels of its own. Leave it out.")
+
+
+def query_conditions(model: BaseModel, data: ImageDataset, config: SampledQueriesConfig) -> Tensor | None:
+    """What each query is sampled under; None for an unconditional model.
+
+    Labels: the chosen classes in turn. Vectors: those of training images drawn from the stream ("query_condition").
+    """
+    network, classes, count = model.denoiser.network, config.classes, config.num
+    num_classes = network.num_classes
+    if not num_classes:
+        if classes is not None:
+            raise UserError("queries.classes", f"got {classes}; the model has no classes. Leave it out.")
+        if not network.is_conditional:
+            return None
+        order = ShuffledOrder(len(data.training), config.seed, "query_condition")
+        return data.conditions(data.training[order.batch(0, count).numpy()])
+    classes = list(range(num_classes)) if classes is None else classes
+    if not classes or not all(0 <= c < num_classes for c in classes):
+        raise UserError("queries.classes", f"got {classes}; expected classes from 0 to {num_classes - 1}.")
+    return torch.tensor([classes[i % len(classes)] for i in range(count)])
+
+
+def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None) -> Tensor:
+    """Samples one image a seed; [Q, C, H, W], float32, on the CPU; clipped to [-1, 1] unless they are latents."""
+    settings, model, device = context.config.sampler, inputs.model, inputs.device
+    shape = (inputs.data.channels, inputs.data.height, inputs.data.width)
+    network = model.denoiser.network
+    if settings.guidance != 1 and network.is_conditional and not network.has_null_condition:
+        raise UserError("sampler.guidance", f"got {settings.guidance}; the model has no null condition. Set it to 1.")
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+    guided = settings.guidance != 1
+    images: list[Tensor] = []
+    done, size = 0, settings.batch_size
+    with Progress("sample", len(seeds), "images") as progress:
+        while done < len(seeds):
+            part = slice(done, done + size)
+            label = None if condition is None else condition[part].to(device)
+            try:
+                batch = sample(
+                    model.denoiser,
+                    noise[part].to(device),
+                    label,
+                    null_condition=network.null_condition(label) if label is not None and guided else None,
+                    guidance=1.0 if label is None else settings.guidance,
+                    num_steps=settings.num_steps,
+                    sigma_min=settings.sigma_min,
+                    sigma_max=settings.sigma_max,
+                    rho=settings.rho,
+                )
+            except RuntimeError as error:
+                size = smaller_batch(error, min(size, len(seeds)), "sampler.batch_size")
+                continue
+            images.append(batch.cpu())
+            done += len(batch)
+            progress.advance(len(batch))
+    image = torch.cat(images)
+    if not image.isfinite().all():
+        raise UserError(
+            "sampler", "got samples that are not finite. Train the model longer or with a lower learning rate."
+        )
+    return image.clamp(-1, 1) if model.codec is None else image

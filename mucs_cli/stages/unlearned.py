@@ -1,0 +1,72 @@
+"""The unlearned models of one variant, on disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mucs_cli.artifacts import command_hint, read_tensors, require_manifest
+from mucs_cli.errors import UserError
+
+
+def query_file(folder: Path, query: int) -> Path:
+    """The file of a query's unlearned model: the tensors that changed."""
+    return folder / f"query_{query:04d}.safetensors"
+
+
+class UnlearnedModels:
+    """What ``mucs unlearn`` left in ``folder``.
+
+    Args:
+        folder: ``<run>/unlearn/<variant>``.
+    Raises:
+        UserError: it has not finished.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = require_manifest(folder, "unlearn")
+
+    def check(self, model: str, queries: Mapping[int, str]) -> None:
+        """Raises UserError where they come from another base model or other queries, or where a query has none.
+
+        Args:
+            model: the base model's fingerprint.
+            queries: id -> fingerprint of the queries that are wanted.
+        """
+        path, known = self.folder / "manifest.json", self.manifest["queries"]
+        missing = [query for query in queries if str(query) not in known]
+        if missing:
+            raise UserError(
+                str(path),
+                f"has no unlearned model of query {missing[0]} ({len(missing)} of {len(queries)} are missing). Run "
+                f"{command_hint(self.folder, 'unlearn')} first, or choose others by queries.index.",
+            )
+        pairs = [("model", self.manifest["inputs"]["model"], model)]
+        pairs += [(f"query {query}", known[str(query)], mine) for query, mine in queries.items()]
+        for name, recorded, mine in pairs:
+            if recorded != mine:
+                raise UserError(
+                    str(path),
+                    f"got unlearned models of {name} {recorded[:16]}; the run now has {mine[:16]}. "
+                    "Rerun mucs unlearn with overwrite=true.",
+                )
+
+    def fingerprints(self, queries: Sequence[int]) -> dict[int, str]:
+        """id -> SHA-256 of each query's file."""
+        return {query: self._output(query)["sha256"] for query in queries}
+
+    def tensors(self, query: int, device: torch.device) -> dict[str, Tensor]:
+        """The tensors in which a query's unlearned model differs from the base model."""
+        loaded = read_tensors(query_file(self.folder, query), self._output(query)["sha256"])
+        return {name: tensor.to(device) for name, tensor in loaded.items()}
+
+    def per_pass(self, queries: Sequence[int], budget: float) -> int:
+        """How many of the models fit into ``budget`` GiB, at least one."""
+        largest = max(int(self._output(query)["bytes"]) for query in queries)
+        return max(1, min(len(queries), int(budget * 2**30 / largest)))
+
+    def _output(self, query: int) -> dict[str, str]:
+        record: dict[str, str] = self.manifest["outputs"][query_file(self.folder, query).name]
+        return record
