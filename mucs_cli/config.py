@@ -320,12 +320,34 @@ class ScoreConfig:
     memory_budget: float = option(
         4.0, "GiB for unlearned weights that share a pass over the data", above=0, affects_result=False
     )
+    group_by: list[str] | None = option(
+        None,
+        "metadata columns summed up in groups.csv, for example [artist,licence]; [] for none; null: those that have 2 "
+        "to 50 values and at most half as many as images",
+        affects_result=False,
+    )
+    group_k: int | None = option(
+        None,
+        "highest scores of a query of which each group's share is given; null: 1 % of the images, at least 10",
+        minimum=1,
+        affects_result=False,
+    )
 
 
 @dataclass
 class ReportConfig:
     k: int = option(10, "top training images shown for each query", minimum=1)
     exclude_exact: bool = option(False, "leave exact copies of the query out of the ranking")
+    group_by: list[str] | None = option(
+        None,
+        "metadata columns summed up, for example [artist,licence]; [] for none; null: those that have 2 to 50 values "
+        "and at most half as many as images",
+    )
+    group_k: int | None = option(
+        None,
+        "highest scores of a query of which each group's share is shown; null: 1 % of the images, at least 10",
+        minimum=1,
+    )
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -365,7 +387,13 @@ class RunCommandConfig(PipelineConfig):
 class ShowConfig(RootConfig):
     variant: str | None = option(None, "which scores: a folder name below score/; null: the only one, or mucs")
     query: int | None = option(None, "one query; null: all", minimum=0)
-    k: int = option(10, "training images a query", minimum=1)
+    k: int = option(10, "training images a query; with group_by, groups a query in the table", minimum=1)
+    group_by: str | None = option(None, "sum the scores up by a metadata column, for example artist, class or licence")
+    group_k: int | None = option(
+        None,
+        "highest scores of a query of which each group's share is given; null: 1 % of the images, at least 10",
+        minimum=1,
+    )
     bottom: bool = option(False, "the lowest scores (images that speak against the query) instead of the highest")
     exclude_exact: bool = option(False, "leave exact copies of the query out of the ranking")
     format: str = option("table", "table, json or csv", choices=("table", "json", "csv"))

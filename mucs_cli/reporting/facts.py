@@ -7,7 +7,18 @@ from typing import Any
 from mucs_cli.artifacts import flatten
 from mucs_cli.reporting.results import RunResults
 
-FRAME = ("stage", "status", "format_version", "config", "inputs", "outputs", "versions", "queries", "seconds")
+FRAME = (
+    "stage",
+    "status",
+    "format_version",
+    "config",
+    "inputs",
+    "outputs",
+    "versions",
+    "queries",
+    "results",
+    "seconds",
+)
 """Manifest keys that have a table of their own, or say nothing to a reader."""
 MANY_FILES = 8
 """A stage with more files than this is referred to its manifest for their hashes."""

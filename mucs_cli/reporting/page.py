@@ -21,6 +21,7 @@ from markupsafe import Markup
 from mucs_cli.errors import UserError
 from mucs_cli.reporting.comparison import differing_keys, overlap, spearman, variant_config
 from mucs_cli.reporting.facts import duration, fact_tables, stage_manifests, value_text
+from mucs_cli.reporting.group_views import GroupTable, RunGroups, share_text
 from mucs_cli.reporting.pictures import Thumbnail, thumbnail
 from mucs_cli.reporting.plots import histogram, loss_curve
 from mucs_cli.reporting.results import Ranked, RunResults, Variant, score_text
@@ -48,6 +49,7 @@ class Row:
     median: float
     highest: float
     unlearning: dict[str, Any]
+    groups: list[GroupTable]
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,24 @@ def template_text() -> str:
     return "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in TEMPLATE_FILES)
 
 
-def render_report(results: RunResults, k: int, exclude_exact: bool) -> str:
+def render_report(
+    results: RunResults,
+    k: int,
+    exclude_exact: bool,
+    group_by: Sequence[str] | None = None,
+    group_k: int | None = None,
+) -> str:
     """The whole page.
 
     Args:
         results: a finished run.
         k: training images a query.
-        exclude_exact: leave exact copies of a query out of its rankings.
+        exclude_exact: leave exact copies of a query out of its rankings and groups.
+        group_by, group_k: see ``RunGroups``.
 
     Raises:
-        UserError: ``k`` is more than there is to rank, or a file of the run is damaged.
+        UserError: ``k`` or ``group_k`` is more than there is to rank, there is no such column, or a file of the run is
+            damaged.
     """
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     environment = Environment(
@@ -99,10 +109,11 @@ def render_report(results: RunResults, k: int, exclude_exact: bool) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"score": score_text, "value": value_text, "duration": duration}
+    environment.filters |= {"score": score_text, "value": value_text, "duration": duration, "share": share_text}
     variants = results.variants
     configs = [variant_config(variant) for variant in variants]
     differing = differing_keys(configs)
+    groups = RunGroups(results, group_by, group_k, exclude_exact)
     thumbnails: dict[int, Thumbnail] = {}
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
@@ -113,13 +124,16 @@ def render_report(results: RunResults, k: int, exclude_exact: bool) -> str:
         data_facts=results.data.get("facts", {}),
         headline=headline(results, configs[0]),
         unfinished=results.unfinished,
+        unscored=[(variant.name, missing) for variant in variants if (missing := results.unscored(variant))],
         variants=variants,
         differing=differing,
         summary=[
             variant_view(results, variant, config, differing, k, exclude_exact)
             for variant, config in zip(variants, configs, strict=True)
         ],
-        queries=[query_view(results, query, k, exclude_exact, thumbnails) for query in all_queries(variants)],
+        group_k=groups.k,
+        overall_groups=groups.overall(),
+        queries=[query_view(results, query, k, exclude_exact, groups, thumbnails) for query in all_queries(variants)],
         curve=training_curve(results.run / "train" / "metrics.csv"),
         tables=fact_tables(results),
     )
@@ -149,7 +163,12 @@ def headline(results: RunResults, config: dict[str, Any]) -> list[tuple[str, str
 
 
 def query_view(
-    results: RunResults, query: int, k: int, exclude_exact: bool, thumbnails: dict[int, Thumbnail]
+    results: RunResults,
+    query: int,
+    k: int,
+    exclude_exact: bool,
+    groups: RunGroups,
+    thumbnails: dict[int, Thumbnail],
 ) -> QueryView:
     rows = []
     for variant in results.variants:
@@ -169,9 +188,13 @@ def query_view(
                 float(np.median(scores)),
                 float(scores.max()),
                 variant.unlearning_of(query),
+                groups.of_query(variant.name, query),
             )
         )
-    facts = [
+    file = results.query_file(query)
+    facts = [] if file is None else [("file", file)]
+    facts += [(name, value) for name, value in results.query_metadata(query).items() if value]
+    facts += [
         (name, value_text(results.samples[name][query].tolist()))
         for name in ("condition", "seed")
         if name in results.samples
@@ -183,7 +206,7 @@ def query_view(
 def variant_view(
     results: RunResults, variant: Variant, config: dict[str, Any], differing: list[str], k: int, exclude_exact: bool
 ) -> VariantView:
-    records = variant.unlearn.get("queries", [])
+    records = variant.unlearn.get("results", [])
     steps = [record["num_steps"] for record in records if record.get("num_steps") is not None]
     reached = [record["reached_bound"] for record in records if record.get("reached_bound") is not None]
     first = results.variants[0]

@@ -3,7 +3,6 @@
 Nothing is computed again and no configuration is needed: a ranking is a sort of ``score/<variant>/scores.safetensors``.
 """
 
-import csv
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +16,14 @@ from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, map_tensor, read_json, read_tensors, require_manifest, sha256_file
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.reporting.csv_rows import read_rows
 
 INDEX_COLUMNS = ("example_id", "file", "sha256", "split")
 """Columns of data/index.csv that are not the data set's own metadata."""
+QUERY_COLUMNS = ("query", "file")
+"""Columns of sample/queries.csv that are not the metadata of the queries' folder."""
+TARGET = 0
+"""The role of a query that is attributed; controls are not."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Variant:
     Args:
         name: the folder's name below ``score/``.
         manifest: of ``score/<name>/``.
-        unlearn: manifest of the unlearned models, empty where the variant needs none or they were deleted.
+        unlearn: manifest of the unlearned models, empty where the method needs none or they were deleted.
         score: [Q, N] float32, higher = more influential.
         query_ids: [Q], index of each row in the queries.
         example_ids: [N] int64, the training image of each column.
@@ -69,7 +73,7 @@ class Variant:
 
     def unlearning_of(self, query: int) -> dict[str, Any]:
         """What the unlearning manifest records for one query; empty where it records nothing."""
-        return next((record for record in self.unlearn.get("queries", []) if record.get("query") == query), {})
+        return next((record for record in self.unlearn.get("results", []) if record.get("query") == query), {})
 
 
 class RunResults:
@@ -115,10 +119,11 @@ class RunResults:
             folder = self.run / "score" / name
             manifest = require_manifest(folder, "score")
             tensors = read_output(folder, manifest, "scores.safetensors")
+            unlearned = manifest.get("unlearn_variant")
             self._variants[name] = Variant(
                 name,
                 manifest,
-                optional_manifest(self.run / "unlearn" / str(manifest.get("unlearn_variant"))),
+                optional_manifest(self.run / "unlearn" / unlearned) if unlearned else {},
                 tensors["score"].numpy(),
                 tensors["query_id"].tolist(),
                 tensors["example_id"].numpy(),
@@ -127,17 +132,19 @@ class RunResults:
         return self._variants[name]
 
     def _check(self, variant: Variant, folder: Path) -> None:
-        """Scores of other images or other queries than this run holds would be shown beside the wrong pictures."""
-        inputs = variant.manifest.get("inputs", {})
-        for what, ours in (
-            ("dataset", self.data["fingerprint"]),
-            ("queries", self.sample["outputs"]["samples.safetensors"]["sha256"]),
-        ):
-            theirs = inputs.get(what, ours)
-            if theirs != ours:
+        """Scores of other images or other queries than this run holds would be shown beside the wrong pictures.
+
+        Queries are compared one by one: the run may hold more than were scored.
+        """
+        ours, theirs = self.sample.get("queries", {}), variant.manifest.get("queries", {})
+        compared = [("dataset", self.data["fingerprint"], variant.manifest.get("inputs", {}).get("dataset"))]
+        compared += [(f"query {query}", ours.get(str(query)), theirs.get(str(query))) for query in variant.query_ids]
+        for what, here, scored in compared:
+            if here != scored:
                 raise UserError(
                     str(folder / "manifest.json"),
-                    f"scores the {what} {theirs[:16]}; this run has {ours[:16]}. Rerun mucs score with overwrite=true.",
+                    f"scores another {what} ({short(scored)}) than this run has ({short(here)}). "
+                    "Rerun mucs score with overwrite=true.",
                 )
         for what, ids, count in (
             ("image", variant.example_ids.tolist(), len(self.index)),
@@ -169,11 +176,7 @@ class RunResults:
     def index(self) -> list[dict[str, str]]:
         """Rows of data/index.csv; row i is example_id i."""
         path = self.run / "data" / "index.csv"
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, ValueError) as error:
-            raise UserError(str(path), f"cannot be read ({error}). Rerun mucs train with overwrite=true.") from error
+        rows = read_rows(path, "train")
         if any(row.get("example_id") != str(position) for position, row in enumerate(rows)):
             raise UserError(
                 str(path), "expected example_id 0, 1, 2, ... in order. Rerun mucs train with overwrite=true."
@@ -204,8 +207,35 @@ class RunResults:
 
     @property
     def queries(self) -> NDArray[np.float32]:
-        """The generated images, [Q, C, H, W] in [-1, 1]."""
-        return self.samples["image"].numpy()
+        """The queries as pictures, [Q, C, H, W] in [-1, 1]; where what is attributed is a latent, its picture."""
+        return self.samples.get("picture", self.samples["image"]).numpy()
+
+    @cached_property
+    def query_rows(self) -> dict[int, dict[str, str]]:
+        """Rows of sample/queries.csv by query; none for queries that were not read from a folder."""
+        path = self.run / "sample" / "queries.csv"
+        if not path.exists():
+            return {}
+        rows = read_rows(path, "sample")
+        if not all(row.get("query", "").isdecimal() and "file" in row for row in rows):
+            raise UserError(
+                str(path), "expected columns query (a number) and file. Rerun mucs sample with overwrite=true."
+            )
+        return {int(row["query"]): row for row in rows}
+
+    def query_file(self, query: int) -> str | None:
+        """The file a query was read from; None for a sampled one."""
+        return self.query_rows.get(query, {}).get("file")
+
+    def query_metadata(self, query: int) -> dict[str, str]:
+        """The columns of the queries' folder for one query."""
+        return {key: value for key, value in self.query_rows.get(query, {}).items() if key not in QUERY_COLUMNS}
+
+    def unscored(self, variant: Variant) -> list[int]:
+        """The queries of the run that a variant has not scored; controls are not meant to be."""
+        count = len(self.samples["image"])
+        roles = self.samples["role"].tolist() if "role" in self.samples else [TARGET] * count
+        return [query for query in range(count) if roles[query] == TARGET and query not in variant.query_ids]
 
     def training_image(self, example_id: int) -> NDArray[np.float32]:
         """[C, H, W] in [-1, 1]."""
@@ -298,6 +328,11 @@ def variant_order(name: str) -> tuple[bool, list[tuple[bool, float, str]]]:
     """A sort key: ``mucs`` first, then by name, where numbers inside a name count as numbers (5 before 10)."""
     parts = [part for part in re.split(r"(\d+(?:\.\d+)?)", name) if part]
     return name != "mucs", [(part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
+
+
+def short(value: str | None) -> str:
+    """The beginning of a fingerprint."""
+    return value[:16] if value else "not recorded"
 
 
 def spell_ids(ids: Iterable[int]) -> str:

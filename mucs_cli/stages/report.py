@@ -20,7 +20,8 @@ def run(context: Context) -> None:
     """Writes ``report/index.html`` and ``report/top.png``, unless they already show what the run holds now.
 
     Raises:
-        UserError: nothing was scored yet, ``report.k`` is too large, or a file of the run is damaged.
+        UserError: nothing was scored yet, ``report.k`` or ``report.group_k`` is too large, ``report.group_by`` names no
+            column, or a file of the run is damaged.
     """
     config = context.config
     assert isinstance(config, PipelineConfig)
@@ -34,9 +35,9 @@ def run(context: Context) -> None:
         return
     for name in results.unfinished:
         log.warning("report: score/%s is not finished; left out", name)
-    k, exclude_exact = config.report.k, config.report.exclude_exact
-    page = render_report(results, k, exclude_exact)
-    picture = top_picture(results, results.variants[0], k, exclude_exact)
+    settings = config.report
+    page = render_report(results, settings.k, settings.exclude_exact, settings.group_by, settings.group_k)
+    picture = top_picture(results, results.variants[0], settings.k, settings.exclude_exact)
     stage = Stage(folder, "report", identity)
     stage.begin()
     write_text(folder / "index.html", page)
@@ -51,6 +52,7 @@ def inputs(results: RunResults) -> dict[str, Any]:
     return {
         "data": fingerprint(results.data),
         **{folder: fingerprint(manifest) for folder, manifest in manifests.items()},
+        "query_files": fingerprint(list(results.query_rows.values())),
         "unfinished": results.unfinished,
         "page": fingerprint(template_text()),
     }

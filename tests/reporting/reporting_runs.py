@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors, write_text
+from mucs_cli.artifacts import Stage, fingerprint, write_tensors, write_text
 from mucs_cli.config import DataConfig, DigitsConfig, PipelineConfig, ReportConfig, ShowConfig
 from mucs_cli.stages import report, show
 from mucs_cli.stages.context import Context
@@ -46,16 +46,20 @@ class RunBuilder:
         difference = self.query[:, None] - self.image(self.raw)[None]
         return (0.1 - 0.25 * (difference**2).mean(axis=(2, 3, 4))).astype(np.float32)
 
-    def data(self, label: Sequence[str] | None = None) -> None:
+    def data(self, label: Sequence[str] | None = None, metadata: Mapping[str, Sequence[str]] | None = None) -> None:
+        """``metadata``: columns besides the label, a cell an image."""
+        columns = metadata or {}
         folder = self.run / "data"
         stage = Stage(folder, "data", {"config": {"data": {"name": "digits", "holdout": 0}}})
         stage.begin()
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["example_id", "file", "sha256", "split", METADATA])
+        rows.writerow(["example_id", "file", "sha256", "split", METADATA, *columns])
         for i, file in enumerate(self.files):
             shown = str(self.label[i]) if label is None else label[i]
-            rows.writerow([i, file, fingerprint(self.raw[i]), "train", shown])
+            rows.writerow(
+                [i, file, fingerprint(self.raw[i]), "train", shown, *[cells[i] for cells in columns.values()]]
+            )
         write_text(folder / "index.csv", text.getvalue())
         write_tensors(folder / "images.safetensors", {"image": torch.from_numpy(self.raw)})
         facts = {
@@ -84,7 +88,8 @@ class RunBuilder:
         write_text(folder / "metrics.csv", "\n".join(["step,loss,learning_rate", *lines]) + "\n")
         stage.finish({"device": "cpu", "parameters": 242_000}, [folder / "metrics.csv"])
 
-    def sample(self) -> None:
+    def sample(self, files: Sequence[str] = (), picture: np.ndarray | None = None) -> None:
+        """``files``: the queries were read from these; ``picture``: what they look like, where they are latents."""
         folder = self.run / "sample"
         config = {"sampler": {"num_steps": 32, "rho": 7.0}, "queries": {"num": len(self.query), "seed": 0}}
         stage = Stage(folder, "sample", {"config": config, "inputs": {"model": "0" * 64}})
@@ -96,8 +101,23 @@ class RunBuilder:
             "condition": torch.arange(count) % 10,
             "role": torch.zeros(count, dtype=torch.int64),
         }
+        if picture is not None:
+            tensors["picture"] = torch.from_numpy(picture)
         write_tensors(folder / "samples.safetensors", tensors)
-        stage.finish({"device": "cpu", "seeds": {"queries": 0}}, [folder / "samples.safetensors"])
+        if files:
+            text = io.StringIO()
+            rows = csv.writer(text, lineterminator="\n")
+            rows.writerow(["query", "file", "prompt"])
+            rows.writerows([q, file, f"prompt of {file}"] for q, file in enumerate(files))
+            write_text(folder / "queries.csv", text.getvalue())
+        stage.finish(
+            {"device": "cpu", "seeds": {"queries": 0}, "queries": self.query_prints(count)},
+            [folder / "samples.safetensors"],
+        )
+
+    def query_prints(self, count: int) -> dict[str, str]:
+        """Query -> its fingerprint, of the first ``count``."""
+        return {str(q): fingerprint(self.query[q]) for q in range(count)}
 
     def variant(
         self,
@@ -112,7 +132,7 @@ class RunBuilder:
             "method": {"name": "mucs", "epsilon": 1e-3},
             "unlearning": {"forget_weight": forget_weight, "tolerance": 0.95},
         }
-        queries = [
+        results = [
             {
                 "query": q,
                 "num_steps": 1000 if q in unreached else 30 + q,
@@ -125,11 +145,10 @@ class RunBuilder:
         ]
         stage = Stage(self.run / "unlearn" / name, "unlearn", {"config": config, "inputs": {"model": "0" * 64}})
         stage.begin()
-        stage.finish({"queries": queries, "null_loss": 1.0078, "null_loss_source": "closed form"}, [])
+        stage.finish({"results": results, "null_loss": 1.0078, "null_loss_source": "closed form"}, [])
         folder = self.run / "score" / name
-        queries = require_manifest(self.run / "sample", "sample")["outputs"]["samples.safetensors"]["sha256"]
         config = {"method": config["method"], "noise_bank": {"num_draws": 100, "grid": "truncated", "seed": 0}}
-        inputs = {"dataset": dataset or fingerprint(self.raw), "queries": queries}
+        inputs = {"dataset": dataset or fingerprint(self.raw)}
         stage = Stage(folder, "score", {"config": config, "inputs": inputs})
         stage.begin()
         values = self.score if score is None else score
@@ -139,7 +158,10 @@ class RunBuilder:
             "example_id": torch.arange(values.shape[1]),
         }
         write_tensors(folder / "scores.safetensors", tensors)
-        stage.finish({"unlearn_variant": name, "device": "cpu"}, [folder / "scores.safetensors"])
+        stage.finish(
+            {"unlearn_variant": name, "device": "cpu", "queries": self.query_prints(len(values))},
+            [folder / "scores.safetensors"],
+        )
 
     def all(self) -> "RunBuilder":
         self.data()

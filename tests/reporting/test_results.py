@@ -112,7 +112,7 @@ def test_scores_of_other_queries_are_refused(finished: RunBuilder) -> None:
     for name in ("manifest.json", "samples.safetensors"):
         (finished.run / "sample" / name).unlink()
     finished.sample()
-    with pytest.raises(UserError, match=r"scores the queries .*; this run has .* Rerun mucs score"):
+    with pytest.raises(UserError, match=r"scores another query 0 \(\w{16}\) than this run has .* Rerun mucs score"):
         RunResults(finished.run).variant("mucs")
 
 
