@@ -95,7 +95,7 @@ class ImageFolderConfig(PictureConfig):
     )
     label_column: str = option("label", "labels=metadata: the column that holds the class")
     num_classes: int | None = option(
-        None, "labels=metadata with whole numbers: how many classes there are; null: as found", minimum=1
+        None, "labels that are whole numbers: how many classes there are; null: as found", minimum=1
     )
     condition_file: str | None = option(
         None, "safetensors file, tensor condition, float32 [N, d] or [N, k, d]; in path, or relative to where you are"

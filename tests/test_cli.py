@@ -143,9 +143,9 @@ def test_an_error_in_a_workers_job_is_one_line(tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = mucs("train", "-m", "run=r", "training.num_steps=0,-1", *launcher, cwd=tmp_path)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if not line.startswith("job ")] == [
-        "mucs: error: training.num_steps: got 0; expected at least 1: updates."
-    ]
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("job ")]
+    got = line.removeprefix("mucs: error: training.num_steps: got ").removesuffix("; expected at least 1: updates.")
+    assert got in ("0", "-1")  # whichever job is the first to fail
 
 
 @pytest.mark.parametrize(

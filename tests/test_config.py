@@ -39,7 +39,9 @@ def test_every_command_composes_into_a_valid_configuration(command: str) -> None
 def test_every_choice_composes_for_every_command(command: str, group: str, option: str) -> None:
     cfg = compose(command, ["run=somewhere", f"{group}={option}"])
     required = [
-        f"{section}.path=somewhere" for section in ("data", "model") if OmegaConf.is_missing(cfg[section], "path")
+        f"{section}.path=somewhere"
+        for section in ("data", "model", "queries")
+        if OmegaConf.is_missing(cfg[section], "path")
     ]
     cfg = compose(command, ["run=somewhere", f"{group}={option}", *required])
     config = validate(cfg, COMMANDS[command].schema)

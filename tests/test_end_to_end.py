@@ -19,7 +19,7 @@ from mucs_cli.cli import main
 from mucs_cli.diffusion.checkpoint import load_denoiser
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.diffusion.training import Trainer
-from mucs_cli.stages import score as score_stage
+from mucs_cli.stages import engine as score_engine
 from mucs_cli.stages import unlearn as unlearn_stage
 
 NUM_IMAGES, NUM_QUERIES, NUM_DRAWS = 90, 3, 5
@@ -152,7 +152,10 @@ def test_manifests_carry_config_inputs_outputs_versions_and_seeds(finished: Path
     assert score["config"]["noise_bank"]["num_draws"] == NUM_DRAWS
     assert score["config"]["unlearning"]["max_steps"] == 4
     assert score["inputs"]["dataset"] == train["inputs"]["dataset"]
-    assert {"dataset", "model", "queries", "noise_bank", "unlearned_models"} == set(score["inputs"])
+    assert {"dataset", "model", "noise_bank", "unlearned_models"} == set(score["inputs"])
+    sample = json.loads((finished / "sample" / "manifest.json").read_text())
+    assert score["queries"] == sample["queries"]
+    assert list(score["queries"]) == list(map(str, range(NUM_QUERIES)))
     assert score["versions"]["torch"] == torch.__version__
     assert train["preconditioning"]["sigma_data"] == pytest.approx(
         float(np.std(load_digits().images[:NUM_IMAGES] / 8 - 1)), rel=1e-6
@@ -249,8 +252,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, c
     [
         ("train", Trainer, "update", 25, [*SMALL, "training.checkpoint_every_seconds=1e-6"]),
         ("unlearn", unlearn_stage, "unlearn_one", 2, UNLEARN),
-        ("score", score_stage, "bank_losses", 2, SCORE),
-        ("score", score_stage, "bank_losses", 4, SCORE),
+        ("score", score_engine, "bank_losses", 2, SCORE),
+        ("score", score_engine, "bank_losses", 4, SCORE),
     ],
 )
 def test_an_interrupted_stage_goes_on_to_the_same_bits(
@@ -293,7 +296,7 @@ def test_scoring_goes_on_with_a_smaller_block_after_running_out_of_memory(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return scoring.bank_losses(denoiser, image, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(score_stage, "bank_losses", starved)
+    monkeypatch.setattr(score_engine, "bank_losses", starved)
     capsys.readouterr()
     mucs("score", f"run={run}", *SCORE)
     assert "score.batch_size=32: going on with 16" in capsys.readouterr().err
@@ -302,8 +305,8 @@ def test_scoring_goes_on_with_a_smaller_block_after_running_out_of_memory(
 
 def test_a_query_that_misses_the_bound_is_reported_and_kept(finished: Path) -> None:
     manifest = json.loads((finished / "unlearn" / VARIANT / "manifest.json").read_text())
-    assert [query["reached_bound"] for query in manifest["queries"]] == [False] * NUM_QUERIES
-    assert [query["num_steps"] for query in manifest["queries"]] == [4] * NUM_QUERIES
+    assert [query["reached_bound"] for query in manifest["results"]] == [False] * NUM_QUERIES
+    assert [query["num_steps"] for query in manifest["results"]] == [4] * NUM_QUERIES
     assert "did not reach the bound" in (finished / "unlearn" / VARIANT / "log.txt").read_text()
 
 
@@ -509,7 +512,7 @@ def test_checkpoints_that_are_not_supported_or_not_safe_are_refused(
     assert "safe" in fails(capsys, *command, run)
     shutil.rmtree(model)
     pipeline(model)
-    assert "data.image_size: got images of (3, 8, 8)" in fails(
+    assert "data.image_size: got 8 and so images of (3, 8, 8)" in fails(
         capsys, *command, "data.image_size=8", f"run={tmp_path / 'other'}"
     )
     assert "not trained here" in fails(capsys, "train", *command[1:], run)
@@ -545,8 +548,8 @@ def test_overwriting_an_upstream_stage_makes_later_stages_refuse_their_old_resul
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mucs("sample", f"run={run}", "queries.seed=5", "overwrite=true")
-    assert "inputs.queries" in fails(capsys, "unlearn", f"run={run}", *UNLEARN)
-    assert "queries" in fails(capsys, "score", f"run={run}", *SCORE)
+    assert "queries of query 0: got" in fails(capsys, "unlearn", f"run={run}", *UNLEARN)
+    assert "got unlearned models of query 0" in fails(capsys, "score", f"run={run}", *SCORE)
     mucs("unlearn", f"run={run}", *UNLEARN, "overwrite=true")
     mucs("score", f"run={run}", *SCORE, "overwrite=true")
 

@@ -80,7 +80,7 @@ class ImageFolderSource(PictureSource):
                     "Move it, or set data.labels=none.",
                 )
             names.append(parts[0])
-        self.label, self.class_names = number_by_name(names)
+        self.label, self.class_names = number_classes(names, self.config.num_classes, "data.num_classes")
         self.label_column = "label"
         columns = {"metadata_label" if name == "label" else name: column for name, column in self.metadata.items()}
         self.metadata = {"label": names, **columns}
@@ -115,13 +115,6 @@ class ImageFolderSource(PictureSource):
     def read_conditions(self, start: int, stop: int) -> np.ndarray:
         assert self.condition is not None
         return self.condition.read(self.rows[start:stop])
-
-
-def number_by_name(names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels of images in class folders: folders are numbered by their names, as text."""
-    class_names = sorted(set(names))
-    number = {name: index for index, name in enumerate(class_names)}
-    return np.array([number[name] for name in names], dtype=np.int64), class_names
 
 
 def stamp(path: Path) -> str:

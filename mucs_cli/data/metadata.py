@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,15 @@ def metadata_file(folder: Path) -> Path | None:
     if len(found) > 1:
         raise UserError(str(folder), f"got both {' and '.join(NAMES)}; expected one of them. Remove the other.")
     return found[0] if found else None
+
+
+def has_column(folder: str, name: str) -> bool:
+    """Whether the first row of the folder's metadata file has a column; false without such a file."""
+    path = metadata_file(Path(folder))
+    if path is None:
+        return False
+    rows = (csv_rows if path.suffix == ".csv" else json_rows)(path)
+    return any(name in row for _, row in itertools.islice(rows, 1))
 
 
 def read_metadata(folder: Path, files: list[str], linked: Collection[str] = ()) -> dict[str, list[str]]:

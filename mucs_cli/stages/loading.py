@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_manifest, write_json
-from mucs_cli.config import DataConfig, PictureConfig, PretrainedConfig
+from mucs_cli.config import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.data.dataset import ImageDataset, load_dataset
+from mucs_cli.data.decode import SUFFIXES
+from mucs_cli.data.metadata import has_column
 from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.latent import LatentCodec
@@ -134,7 +136,7 @@ def load_pretrained_inputs(context: Context, path: Path, device: torch.device) -
         UserError: the model cannot be loaded or is not supported, or the data does not fit it.
     """
     other = load_pretrained(path)
-    pixels = load_data(context, fitted(context.config.data, other.image_size, other.channels))
+    pixels = load_data(context, fitted(context.config.data, other))
     refuse_misfit(other, pixels, path)
     other.denoiser.network.requires_grad_(False).to(device)
     model = BaseModel(other.denoiser, other.fingerprint, UNKNOWN_LEARNING_RATE, other.fresh, other.codec)
@@ -144,24 +146,36 @@ def load_pretrained_inputs(context: Context, path: Path, device: torch.device) -
     return Inputs(device, pixels, encode_dataset(context, pixels, other.codec, other.fingerprint, device), model)
 
 
-def fitted(config: DataConfig, image_size: int, channels: int) -> DataConfig:
-    """The data's configuration with what the user left open as the model needs it."""
+def fitted(config: DataConfig, model: Pretrained) -> DataConfig:
+    """The data's configuration with what the user left open as the model needs it: size, colours, where classes are."""
     if not isinstance(config, PictureConfig):
         return config
-    color = {1: "grayscale", 3: "rgb"}.get(channels, config.color)
-    return replace(
+    color = {1: "grayscale", 3: "rgb"}.get(model.channels, config.color)
+    config = replace(
         config,
-        image_size=image_size if config.image_size is None else config.image_size,
+        image_size=model.image_size if config.image_size is None else config.image_size,
         color=color if config.color == "auto" else config.color,
     )
+    if isinstance(config, ImageFolderConfig) and config.labels == "none" and model.denoiser.network.num_classes:
+        if has_column(config.path, config.label_column):
+            return replace(config, labels="metadata")
+        if in_folders(Path(config.path)):
+            return replace(config, labels="folder")
+    return config
+
+
+def in_folders(path: Path) -> bool:
+    """Whether every picture of a folder lies in a folder below it."""
+    return path.is_dir() and not any(file.is_file() and file.suffix.lower() in SUFFIXES for file in path.iterdir())
 
 
 def recorded_data(config: DataConfig, run: Path) -> DataConfig:
-    """The data's configuration as the run decoded it, where the size or the colours were read from its model."""
+    """The data's configuration as the run decoded it, where size, colours or classes were read from its model."""
     if not isinstance(config, PictureConfig):
         return config
     decoded = require_manifest(run / "data", "train")["config"]["data"]
-    return replace(config, image_size=decoded["image_size"], color=decoded["color"])
+    names = [name for name in ("image_size", "color", "labels") if hasattr(config, name)]
+    return replace(config, **{name: decoded[name] for name in names})
 
 
 def refuse_misfit(other: Pretrained, data: ImageDataset, path: Path) -> None:
