@@ -388,7 +388,7 @@ class ShowConfig(RootConfig):
     variant: str | None = option(None, "which scores: a folder name below score/; null: the only one, or mucs")
     query: int | None = option(None, "one query; null: all", minimum=0)
     k: int = option(10, "training images a query; with group_by, groups a query in the table", minimum=1)
-    group_by: str | None = option(None, "sum the scores up by a metadata column, for example artist, class or licence")
+    group_by: str | None = option(None, "sum the scores up by a metadata column, for example artist or label")
     group_k: int | None = option(
         None,
         "highest scores of a query of which each group's share is given; null: 1 % of the images, at least 10",

@@ -76,7 +76,7 @@ def print_group_tables(
     console = Console(file=stream, highlight=False)
     console.print(Text(printable(heading)))
     for query, found in groups.items():
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # leaves names more room
         table.add_column(Text(printable(column)), overflow="fold")
         for name in ("images", "mean", "max", f"top-{k} mean", f"of top {k}", "of images"):
             table.add_column(name, justify="right", no_wrap=True)

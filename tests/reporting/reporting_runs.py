@@ -126,8 +126,16 @@ class RunBuilder:
         forget_weight: float = 0.2,
         unreached: Sequence[int] = (),
         dataset: str | None = None,
+        unlearns: bool = True,
     ) -> None:
-        """One variant; ``unreached`` queries did not reach the bound; ``dataset``: fingerprint of the data."""
+        """One variant.
+
+        Args:
+            name, score, forget_weight: as in its folders; ``score`` [Q, N], of the first Q queries.
+            unreached: queries that did not reach the bound.
+            dataset: fingerprint of the data.
+            unlearns: whether its method unlearns.
+        """
         config = {
             "method": {"name": "mucs", "epsilon": 1e-3},
             "unlearning": {"forget_weight": forget_weight, "tolerance": 0.95},
@@ -143,9 +151,10 @@ class RunBuilder:
             }
             for q in range(len(self.query))
         ]
-        stage = Stage(self.run / "unlearn" / name, "unlearn", {"config": config, "inputs": {"model": "0" * 64}})
-        stage.begin()
-        stage.finish({"results": results, "null_loss": 1.0078, "null_loss_source": "closed form"}, [])
+        if unlearns:
+            stage = Stage(self.run / "unlearn" / name, "unlearn", {"config": config, "inputs": {"model": "0" * 64}})
+            stage.begin()
+            stage.finish({"results": results, "null_loss": 1.0078, "null_loss_source": "closed form"}, [])
         folder = self.run / "score" / name
         config = {"method": config["method"], "noise_bank": {"num_draws": 100, "grid": "truncated", "seed": 0}}
         inputs = {"dataset": dataset or fingerprint(self.raw)}
@@ -159,7 +168,8 @@ class RunBuilder:
         }
         write_tensors(folder / "scores.safetensors", tensors)
         stage.finish(
-            {"unlearn_variant": name, "device": "cpu", "queries": self.query_prints(len(values))},
+            {"device": "cpu", "queries": self.query_prints(len(values))}
+            | ({"unlearn_variant": name} if unlearns else {}),
             [folder / "scores.safetensors"],
         )
 

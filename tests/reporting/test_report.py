@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import io
 import re
 from collections.abc import Callable
@@ -205,6 +206,78 @@ def test_images_are_enough_without_training_or_unlearning_records(finished: RunB
     page = Page(make_report(finished.run, k=3))
     assert "no record of unlearning in this run" in page.text
     assert "Training of the base model" not in page.text
+
+
+def test_a_method_that_does_not_unlearn_says_so(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data()
+    run.sample()
+    run.variant("trak", unlearns=False)
+    assert "trak: its method does not unlearn" in Page(make_report(run.run, k=3)).text
+
+
+def test_queries_that_are_not_scored_yet_are_named(finished: RunBuilder) -> None:
+    assert "Not scored yet" not in Page(make_report(finished.run, k=3)).text
+    finished.variant("mucs__forget_weight-0.5", finished.score[:1], forget_weight=0.5)
+    page = Page(make_report(finished.run, k=3))
+    assert "Not scored yet: queries 1, 2 by mucs__forget_weight-0.5." in page.text
+    assert [a.get("class") for a in page.all("section")].count("answer") == 4
+
+
+def test_a_query_from_a_file_stands_with_its_name_and_metadata(finished: RunBuilder) -> None:
+    make_report(finished.run, k=3)
+    (finished.run / "sample" / "manifest.json").unlink()
+    finished.sample(files=["a.png", "b <b>.png", "c.png"])
+    assert "file : b <b>.png prompt : prompt of b <b>.png" in page_words(make_report(finished.run, k=3))
+
+
+def page_words(path: Path) -> str:
+    """The text of a page; a term stands apart from its value by a colon, which the style sheet adds."""
+    source = re.sub(r"</dt>\s*<dd>", " : ", path.read_text(encoding="utf-8"))
+    text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", source, flags=re.DOTALL)
+    return " ".join(html.unescape(text).split())
+
+
+def test_groups_stand_below_each_query_and_over_all(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    hand = np.where(run.label == 5, "right <b>", np.where(run.label == 4, "left", ""))
+    run.data(metadata={"hand": list(hand)})
+    run.sample()
+    run.variant()
+    page = Page(make_report(run.run, k=3, group_k=6))
+    top = np.argsort(-run.score, axis=1, kind="stable")[:, :6]
+    shares = {name: (hand[top] == name).mean(axis=1) for name in ("left", "right <b>", "")}
+    overall = page.text.split("By hand")[1].split("Generated images and their")[0]
+    for name, share in shares.items():
+        count = int((hand == name).sum())
+        assert f"{name or '(none)'} {count} {100 * count / 60:.1f} % {100 * share.mean():.1f} %" in overall
+        for query in range(3):
+            part = page.text.split(f"Query {query} ")[1].split("Query")[0].split("share of top 6")[2]
+            own = run.score[query][hand == name]
+            numbers = [own.mean(), own.max(), np.sort(own)[-6:].mean()]
+            said = " ".join(f"{number:+.4f}" for number in numbers)
+            assert f"{name or '(none)'} {count} {said} {100 * count / 60:.1f} % {100 * share[query]:.1f} %" in part
+    assert shares["left"].max() > 0  # the queries are not all alike
+    bars = [svg for svg in page.all("svg") if svg.get("class") == "share"]
+    assert len(bars) == (1 + 3) * (10 + 3)
+    assert all(svg["aria-hidden"] == "true" for svg in bars)
+
+
+def test_only_the_columns_asked_for_are_summed_up(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data(metadata={"artist": [f"artist {i % 15:02}" for i in range(60)], "caption": [str(i) for i in range(60)]})
+    run.sample()
+    run.variant()
+    default = Page(make_report(run.run, k=3)).text
+    assert "By label" in default and "By artist" in default and "By caption" not in default
+    assert default.count("and 5 more groups") == 1 + 3
+    none = Page(make_report(run.run, k=3, group_by=[]))
+    assert "Groups over all" not in none.text and "#groups" not in [a["href"] for a in none.all("a")]
+    assert "sum the scores up by group" not in none.text
+    caption = Page(make_report(run.run, k=3, group_by=["caption"])).text
+    assert "By caption" in caption and "By label" not in caption and "and 50 more groups" in caption
+    with pytest.raises(UserError, match=r"^report\.group_by: got 'captions'; expected one of label, artist, caption"):
+        make_report(run.run, k=3, group_by=["captions"])
 
 
 def test_cleaned_images_are_decoded_again(make_run: Callable[..., RunBuilder]) -> None:

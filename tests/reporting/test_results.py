@@ -150,3 +150,73 @@ def test_spearman_and_overlap_against_closed_forms(make_run: Callable[..., RunBu
     assert spearman(a, results.variant("flat"), 0) is None
     assert overlap(results.ranking(a, 0, 2), results.ranking(b, 0, 2)) == 2
     assert overlap(results.ranking(a, 0, 1), results.ranking(b, 0, 1)) == 0
+
+
+def test_queries_are_shown_and_compared_as_pictures_where_latents_are_attributed(
+    make_run: Callable[..., RunBuilder],
+) -> None:
+    run = make_run()
+    run.data()
+    picture = np.stack([run.image(run.raw[i]) for i in (9, 11, 13)])
+    run.sample(picture=picture)
+    run.variant()
+    results = RunResults(run.run)
+    np.testing.assert_array_equal(results.queries, picture)
+    assert results.exact_copies == {0: [9], 1: [11], 2: [13]}  # the latent of query 2 equals image 3
+
+
+def test_a_run_may_have_more_queries_than_were_scored(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data()
+    run.sample()
+    run.variant(score=run.score[:1])
+    run.variant("all")
+    results = RunResults(run.run)
+    assert results.unscored(results.variant("mucs")) == [1, 2]
+    assert results.unscored(results.variant("all")) == []
+    with pytest.raises(UserError, match="query: got 1; expected one of 0, the queries of mucs"):
+        results.variant("mucs").scores_of(1)
+
+
+def test_only_changed_queries_make_scores_invalid(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data()
+    run.sample()
+    run.variant(score=run.score[:2])
+
+    def sample_again(query: int) -> None:
+        run.query[query] = 0
+        for name in ("manifest.json", "samples.safetensors"):
+            (run.run / "sample" / name).unlink()
+        run.sample()
+
+    sample_again(2)
+    assert RunResults(run.run).variant("mucs").query_ids == [0, 1]
+    sample_again(1)
+    with pytest.raises(UserError, match=r"scores another query 1 "):
+        RunResults(run.run).variant("mucs")
+
+
+def test_queries_of_a_folder_have_their_file_and_metadata(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run().all()
+    assert RunResults(run.run).query_file(1) is None
+    assert RunResults(run.run).query_metadata(1) == {}
+    (run.run / "sample" / "manifest.json").unlink()
+    run.sample(files=["a.png", "sub/b.png", "c.png"])
+    results = RunResults(run.run)
+    assert results.query_file(1) == "sub/b.png"
+    assert results.query_metadata(1) == {"prompt": "prompt of sub/b.png"}
+    (run.run / "sample" / "queries.csv").write_text("query,file\n0\n")
+    with pytest.raises(UserError, match=r"queries\.csv: cannot be read .* Rerun mucs sample"):
+        RunResults(run.run).query_file(1)
+    (run.run / "sample" / "queries.csv").write_text("name,file\n0,a.png\n")
+    with pytest.raises(UserError, match=r"queries\.csv: expected columns query \(a number\) and file"):
+        RunResults(run.run).query_file(1)
+
+
+def test_a_caption_may_be_of_any_length(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.data(metadata={"caption": ["long " * 40_000] * 60})
+    run.sample()
+    run.variant()
+    assert len(RunResults(run.run).metadata(5)["caption"]) == 200_000
