@@ -109,7 +109,7 @@ def read_preprocessing(folder: Path, standard: Preprocessing) -> Preprocessing:
             side = read_size(wanted.get("crop_size", standard.crop), is_shorter_side=False)
             crop = (side, side) if isinstance(side, int) else side
             if min(size if isinstance(size, tuple) else (size,)) < max(crop):
-                raise ValueError(f"crop_size is {side}")
+                raise ValueError(f"crop_size is {crop[0]} x {crop[1]}")
         return Preprocessing(
             size=size,
             crop=crop,
