@@ -1,16 +1,16 @@
 """Captions to condition vectors, by a CLIP text model from ``transformers`` (safetensors only)."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mucs_cli.errors import UserError
+from mucs_cli.data.transformers_models import import_transformers, load_model, loading
 
 KEY = "data.text_encoder"
+EXPECTED = "a CLIP text model in safetensors, with its projection"
 CAPTIONS_AT_ONCE = 64
 
 
@@ -34,32 +34,13 @@ class CaptionEncoder:
     """
 
     def __init__(self, path: str):
-        try:
-            transformers: Any = import_module("transformers")
-        except ImportError as error:
-            raise UserError(
-                KEY, f"got {path}; the transformers library is not installed. Run: pip install 'mucs[text]'"
-            ) from error
+        transformers = import_transformers(KEY, path, "text")
         name = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
-        try:
+        with loading(KEY, path, EXPECTED):
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
-            loaded: Any = transformers.CLIPTextModelWithProjection.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-            )
-        except Exception as error:  # the library raises whatever its file systems, parsers and servers raise
-            text = str(error).strip().split("\n")[0]
-            raise UserError(
-                KEY,
-                f"got {path}, which cannot be loaded ({text}); expected a CLIP text model in safetensors. Correct it.",
-            ) from error
-        model, info = loaded
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise UserError(
-                KEY, f"got {path}, which lacks {missing}; expected a CLIP text model with its projection. Use another."
-            )
+        model = load_model(transformers.CLIPTextModelWithProjection, name, KEY, path, EXPECTED)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        self.model: Any = model.to(self.device)
         self.condition_dim = int(model.config.projection_dim)
         self.max_tokens = int(model.config.max_position_embeddings)
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mucs_cli.artifacts import flatten
+from mucs_cli.attribution.ranks import average_ranks
 from mucs_cli.reporting.results import Ranked, Variant
 
 
@@ -36,11 +36,3 @@ def spearman(first: Variant, second: Variant, query: int) -> float | None:
     if len(ours) < 2 or ours.std() == 0 or theirs.std() == 0:
         return None
     return float(np.corrcoef(ours, theirs)[0, 1])
-
-
-def average_ranks(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Ranks from 1 for the smallest; equal values share the mean of their ranks."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean: NDArray[np.float64] = (last - (counts - 1) / 2)[group]
-    return mean
