@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mucs_cli.diffusion.denoiser import Denoiser
 
 Output = Callable[[Denoiser, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(denoiser, image [1, C, H, W], noise [1, C, H, W], sigma [1], condition [1, ...] or None) -> [1] or a scalar."""
+"""(denoiser, image [S, C, H, W], noise [S, C, H, W], sigma [S], condition [S, ...] or None) -> [S], a number a row."""
 
 
 def loss_output(denoiser: Denoiser, image: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ def per_example_gradients(
     condition: Tensor | None,
     output: Output = loss_output,
 ) -> dict[str, Tensor]:
-    """The gradient of ``output`` for every example of a batch by itself.
+    """The gradient of ``output`` for every example of a batch by itself, each under its own draw.
 
     Attention runs as plain matrix products: under ``vmap`` the fused kernels fall back to a loop over examples.
 
@@ -40,21 +40,60 @@ def per_example_gradients(
         condition: [B] labels, [B, d] vectors, or None.
         output: what is differentiated, a number an example.
     Returns:
-        name -> [B, *parameter shape].
+        name -> [B, *parameter shape], in the order of ``names``.
     """
-    parameters = {name: p.detach() for name, p in denoiser.network.named_parameters()}
-    wanted = {name: parameters.pop(name) for name in names}
 
     def value(
-        chosen: Mapping[str, Tensor], image: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor | None
+        stateless: Denoiser, image: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor | None = None
     ) -> Tensor:
-        stateless = with_parameters(denoiser, {**parameters, **chosen})
-        ready = None if condition is None else condition[None]
-        return output(stateless, image[None], noise[None], sigma[None], ready).sum()
+        return output(stateless, image[None], noise[None], sigma[None], None if condition is None else condition[None])
 
-    dims = (None, 0, 0, 0, None if condition is None else 0)
+    return _mapped_gradients(denoiser, names, value, image, noise, sigma, condition)
+
+
+def summed_gradients(
+    denoiser: Denoiser,
+    names: Sequence[str],
+    image: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    condition: Tensor | None,
+    output: Output = loss_output,
+) -> dict[str, Tensor]:
+    """For every example the gradient of the sum of ``output`` over draws that all examples share.
+
+    The draws of an example are one batch for the network, so that its gradient is never held draw by draw.
+
+    Args:
+        denoiser, names, condition: as in ``per_example_gradients``.
+        image: [B, C, H, W].
+        noise: unit variance; [S, C, H, W].
+        sigma: [S].
+        output: what is differentiated, a number a draw.
+    Returns:
+        name -> [B, *parameter shape], in the order of ``names``.
+    """
+
+    def value(stateless: Denoiser, image: Tensor, condition: Tensor | None = None) -> Tensor:
+        ready = None if condition is None else condition.expand(len(sigma), *condition.shape)
+        return output(stateless, image.expand(len(sigma), *image.shape), noise, sigma, ready)
+
+    return _mapped_gradients(denoiser, names, value, image, condition)
+
+
+def _mapped_gradients(
+    denoiser: Denoiser, names: Sequence[str], value: Callable[..., Tensor], *inputs: Tensor | None
+) -> dict[str, Tensor]:
+    """Gradients of the sum of ``value(denoiser, *row of the inputs)``, for every row by itself."""
+    parameters = {name: p.detach() for name, p in denoiser.network.named_parameters()}
+    wanted = {name: parameters.pop(name) for name in names}
+    given = [x for x in inputs if x is not None]  # only the last one, the condition, may be missing
+
+    def scalar(chosen: Mapping[str, Tensor], *row: Tensor) -> Tensor:
+        return value(with_parameters(denoiser, {**parameters, **chosen}), *row).sum()
+
     with sdpa_kernel(SDPBackend.MATH):
-        gradients: dict[str, Tensor] = vmap(grad(value), in_dims=dims)(wanted, image, noise, sigma, condition)
+        gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, *[0] * len(given)))(wanted, *given)
     return gradients
 
 

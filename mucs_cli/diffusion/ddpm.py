@@ -192,6 +192,16 @@ class DDPMDenoiser:
         timestep = torch.randint(self.num_train_timesteps, (count,), generator=generator)
         return self.levels[2, timestep].float()
 
+    def even_sigma(self, count: int) -> Tensor:
+        """The levels of timesteps 0, T/count, 2T/count, ... rounded down, as in the release of D-TRAK.
+
+        A level at infinity gives way to the highest finite one; with ``count`` above T, levels repeat.
+        """
+        if count < 1:
+            raise ValueError(f"count={count}: expected at least 1")
+        timestep = torch.arange(count) * self.num_train_timesteps // count
+        return self.levels[2, timestep.clamp(max=self._num_finite - 1)].float()
+
     def nearest_sigma(self, sigma: Tensor) -> Tensor:
         timestep = self.timestep(sigma).clamp(max=self._num_finite - 1)
         return self._levels_on(sigma.device)[2, timestep].to(sigma.dtype)

@@ -51,6 +51,16 @@ class Denoiser(Protocol):
         """``count`` noise levels from the distribution the model is trained with; [count], float32, on the CPU."""
         ...
 
+    def even_sigma(self, count: int) -> Tensor:
+        """``count`` finite noise levels spread evenly through that distribution, lowest first.
+
+        Returns:
+            [count], float32, on the CPU.
+        Raises:
+            ValueError: ``count`` is below 1.
+        """
+        ...
+
     def nearest_sigma(self, sigma: Tensor) -> Tensor:
         """The finite noise levels nearest to ``sigma``, in log sigma, that the model can take; same shape and dtype."""
         ...
@@ -67,6 +77,17 @@ class Denoiser(Protocol):
     def from_facts(cls, network: Network, facts: Mapping[str, Any]) -> Self:
         """The denoiser that ``facts`` describes; raises ValueError or TypeError where they describe none."""
         ...
+
+
+def mid_quantiles(count: int) -> Tensor:
+    """(i + 1/2)/count for i in 0..count-1: the middles of equal parts of (0, 1); [count], float64.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count={count}: expected at least 1")
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
 @dataclass(eq=False)
@@ -146,6 +167,10 @@ class EDMDenoiser:
 
     def training_sigma(self, count: int, generator: torch.Generator) -> Tensor:
         return (torch.randn(count, generator=generator) * self.p_std + self.p_mean).exp()
+
+    def even_sigma(self, count: int) -> Tensor:
+        """The quantiles (i + 1/2)/count of the log-normal distribution."""
+        return (torch.special.ndtri(mid_quantiles(count)) * self.p_std + self.p_mean).exp().float()
 
     def nearest_sigma(self, sigma: Tensor) -> Tensor:
         return sigma.clamp(self.sigma_min, self.sigma_max)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from mucs_cli.diffusion.denoiser import mid_quantiles
 from mucs_cli.diffusion.networks import Network
 
 
@@ -94,6 +95,10 @@ class VPDenoiser:
         """Levels at times uniform in (epsilon_s, 1); [count], float32."""
         time = torch.rand(count, generator=generator) * (1 - self.epsilon_s) + self.epsilon_s
         return self.sigma_at(time)
+
+    def even_sigma(self, count: int) -> Tensor:
+        """The levels at the quantiles (i + 1/2)/count of the training times."""
+        return self.sigma_at(self.epsilon_s + (1 - self.epsilon_s) * mid_quantiles(count)).float()
 
     def nearest_sigma(self, sigma: Tensor) -> Tensor:
         return sigma.clamp(self.sigma_min, self.sigma_max)

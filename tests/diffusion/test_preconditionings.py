@@ -222,6 +222,40 @@ def test_zero_terminal_snr_is_refused_for_epsilon_however_it_is_asked_for():
         DDPMDenoiser(Zero(), 2, trained_betas=[0.5, 1.0])
 
 
+# --- even levels ------------------------------------------------------------------------------------------------------
+
+
+def test_even_levels_of_ddpm_are_those_of_evenly_spaced_timesteps_and_finite():
+    denoiser = DDPMDenoiser(Zero())
+    for count, expected in ((10, list(range(0, 1000, 100))), (3, [0, 333, 666]), (1, [0])):
+        sigma = denoiser.even_sigma(count)
+        assert sigma.dtype == torch.float32
+        assert denoiser.timestep(sigma).tolist() == expected
+        assert torch.equal(sigma, denoiser.levels[2, expected].float())
+    ends_in_noise = DDPMDenoiser(Zero(), 10, prediction_type="sample", rescale_betas_zero_snr=True)
+    assert ends_in_noise.timestep(ends_in_noise.even_sigma(10)).tolist() == [*range(9), 8]
+    assert ends_in_noise.timestep(ends_in_noise.even_sigma(20)).tolist() == [*sorted([*range(9)] * 2), 8, 8]
+
+
+def test_even_levels_of_edm_and_vp_are_the_middle_quantiles_of_what_they_train_with():
+    edm, vp = EDMDenoiser(Zero(), p_mean=-0.5, p_std=1.1), VPDenoiser(Zero(), epsilon_s=0.1)
+    for denoiser in (edm, vp):
+        even = denoiser.even_sigma(5)
+        assert even.dtype == torch.float32
+        drawn = denoiser.training_sigma(40_000, torch.Generator().manual_seed(0))
+        below = (drawn[None] < even[:, None]).double().mean(dim=1)
+        torch.testing.assert_close(below, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).double(), rtol=0, atol=0.01)
+        assert bool(denoiser.even_sigma(100_000).isfinite().all())
+    assert float(edm.even_sigma(1)) == pytest.approx(math.exp(-0.5))
+    assert vp.time_at(vp.even_sigma(3)).tolist() == pytest.approx([0.25, 0.55, 0.85], rel=1e-5)
+
+
+@pytest.mark.parametrize("denoiser", [EDMDenoiser(Zero()), VPDenoiser(Zero()), DDPMDenoiser(Zero())])
+def test_no_levels_are_refused(denoiser):
+    with pytest.raises(ValueError, match="count=0"):
+        denoiser.even_sigma(0)
+
+
 # --- Gaussian data ---------------------------------------------------------------------------------------------------
 
 
