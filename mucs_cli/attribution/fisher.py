@@ -14,8 +14,8 @@ class DiagonalFisher:
     """F = mean over visits of g^2, elementwise, with g the gradient of one image's loss at one (sigma, noise).
 
     Data Attribution by Unlearning (AbU), arXiv 2406.09408. An image is visited once a pass, or twice with ``flip``:
-    as it is and mirrored. Every visit has a noise level from the training distribution and noise of its own, and squares
-    are summed in float64, image after image, so that batch sizes and interruptions leave the sum as it is.
+    as it is and mirrored. Every visit has a noise level from the training distribution and noise of its own. Squares are
+    summed in float64, image after image, so that an interruption between batches leaves the sum as it is.
 
     Args:
         denoiser: the base model, in evaluation mode.
@@ -40,7 +40,7 @@ class DiagonalFisher:
             example_ids: the images' ids, which name their streams.
             pass_index: which pass over the training images this is.
         Raises:
-            FloatingPointError: a gradient is not finite; the sums are left as they were.
+            FloatingPointError: a gradient is not finite.
         """
         for visit, seen in enumerate([image, image.flip(3)] if self.flip else [image]):
             sources = [generator(self.seed, "fisher", pass_index, int(i), visit) for i in example_ids]
@@ -50,7 +50,6 @@ class DiagonalFisher:
             for name, gradient in gradients.items():
                 if not bool(torch.isfinite(gradient).all()):
                     raise FloatingPointError(f"the gradient of {name} is not finite")
-            for name, gradient in gradients.items():
                 for row in gradient.double():
                     self.squares[name].addcmul_(row, row)
             self.num_visits += len(image)

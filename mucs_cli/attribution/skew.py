@@ -36,7 +36,7 @@ def mean_skew(base_loss: Tensor, unlearned_loss: Tensor, epsilon: float = 1e-3) 
 
 
 def mean_over_draws(values: Tensor) -> Tensor:
-    """Mean over the last axis, summed in bank order, so that it does not depend on how a library blocks its reductions.
+    """Mean over draws, summed in float64 in bank order: it does not depend on how a library blocks its reductions.
 
     Args:
         values: [B, n].
