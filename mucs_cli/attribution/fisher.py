@@ -14,8 +14,8 @@ class DiagonalFisher:
     """F = mean over visits of g^2, elementwise, with g the gradient of one image's loss at one (sigma, noise).
 
     Data Attribution by Unlearning (AbU), arXiv 2406.09408. An image is visited once a pass, or twice with ``flip``:
-    as it is and mirrored. Every visit has a noise level from the training distribution and noise of its own. Squares are
-    summed in float64, image after image, so that an interruption between batches leaves the sum as it is.
+    as it is and mirrored. Every visit has a noise level from the training distribution and noise of its own. Squares
+    are summed in float64, image after image, so that an interruption between batches leaves the sum as it is.
 
     Args:
         denoiser: the base model, in evaluation mode.
@@ -50,8 +50,8 @@ class DiagonalFisher:
             for name, gradient in gradients.items():
                 if not bool(torch.isfinite(gradient).all()):
                     raise FloatingPointError(f"the gradient of {name} is not finite")
-                for row in gradient.double():
-                    self.squares[name].addcmul_(row, row)
+                for row in gradient:
+                    self.squares[name] += row.double().square()
             self.num_visits += len(image)
 
     def diagonal(self) -> dict[str, Tensor]:

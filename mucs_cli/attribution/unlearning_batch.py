@@ -167,7 +167,7 @@ def normalised_weight(weight: Tensor, count: int) -> Tensor:
         raise ValueError(f"instance weights of shape {tuple(weight.shape)} for {count} training images")
     if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()) or not bool(weight.any()):
         raise ValueError("instance weights must be finite, not negative, and not all zero")
-    return weight / weight.mean()
+    return weight.double() / weight.double().mean()
 
 
 def similarity_weight(image: Tensor, query: Tensor, sharpness: float) -> Tensor:
