@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.noise_bank import NoiseBank
+from mucs_cli.rng import generator
 
 GRANULE = 16
 """Blocks are multiples of this many images: matrix kernels treat such rows alike wherever they stand in the batch."""
@@ -67,6 +68,7 @@ def bank_losses(
     bank: NoiseBank,
     models: Sequence[Mapping[str, Tensor]] = ({},),
     on_forward: Callable[[int], None] | None = None,
+    noise: Callable[[int, int], Tensor] | None = None,
 ) -> Tensor:
     """Losses of every model on every image under every draw.
 
@@ -77,6 +79,8 @@ def bank_losses(
         bank: n draws, on the model's device.
         models: for each model the tensors that differ from the base model; an empty mapping is the base model.
         on_forward: called with the number of images after each forward pass.
+        noise: (index of the model, index of the draw) -> [B, C, H, W], in place of the bank's noise at the bank's
+            levels; see ``independent_noise``. None: the bank's, the same for all images and models.
     Returns:
         [M, B, n], float32, on the CPU.
     """
@@ -84,10 +88,27 @@ def bank_losses(
     for m, tensors in enumerate(models):
         with replaced_parameters(denoiser.network, tensors):
             for n in range(len(bank)):
-                losses[m, n] = denoiser.loss(image, bank.noise[n : n + 1], bank.sigma[n : n + 1], condition)
+                drawn = bank.noise[n : n + 1] if noise is None else noise(m, n)
+                losses[m, n] = denoiser.loss(image, drawn, bank.sigma[n : n + 1], condition)
                 if on_forward is not None:
                     on_forward(len(image))
     return losses.transpose(1, 2).contiguous().cpu()
+
+
+def independent_noise(seed: int, model_id: int, example_ids: Sequence[int], draw: int, like: Tensor) -> Tensor:
+    """Noise that no two images, models or draws share: what the noise bank is compared with in MUCS's design study.
+
+    Args:
+        seed: of the noise; each image draws from the stream ("independent_noise", model_id, example_id, draw).
+        model_id: -1 for the base model, else the query's number, so that it does not matter which models share a pass.
+        example_ids: the images' ids, [B].
+        draw: index in the bank.
+        like: the images, [B, C, H, W], for shape, dtype and device.
+    Returns:
+        [B, C, H, W], unit variance.
+    """
+    sources = (generator(seed, "independent_noise", model_id, int(i), draw) for i in example_ids)
+    return torch.stack([torch.randn(like.shape[1:], generator=source) for source in sources]).to(like)
 
 
 def choose_block_size(

@@ -27,14 +27,22 @@ def skew(base_loss: Tensor, unlearned_loss: Tensor, epsilon: float = 1e-3) -> Te
 def mean_skew(base_loss: Tensor, unlearned_loss: Tensor, epsilon: float = 1e-3) -> Tensor:
     """The attribution score: the skew's mean over draws, skew first and mean second.
 
-    Summed in float64 in bank order, so that it does not depend on how a library blocks its reductions.
-
     Args:
         base_loss, unlearned_loss: [B, n].
     Returns:
         [B], float64.
     """
-    values = skew(base_loss, unlearned_loss, epsilon)
+    return mean_over_draws(skew(base_loss, unlearned_loss, epsilon))
+
+
+def mean_over_draws(values: Tensor) -> Tensor:
+    """Mean over draws, summed in float64 in bank order: it does not depend on how a library blocks its reductions.
+
+    Args:
+        values: [B, n].
+    Returns:
+        [B], float64.
+    """
     total = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
     for draw in values.unbind(dim=1):
         total += draw

@@ -7,6 +7,7 @@ from mucs_cli.attribution.scoring import (
     blocks_of,
     choose_block_size,
     fitted_block_size,
+    independent_noise,
     replaced_parameters,
 )
 from mucs_cli.attribution.skew import mean_skew
@@ -92,6 +93,32 @@ def test_the_bits_of_a_block_do_not_depend_on_what_pads_it(kind):
 def test_an_unchanged_model_scores_exactly_zero():
     denoiser = model("dit")
     assert torch.equal(scores(denoiser, [{}], 32), torch.zeros(1, 90, dtype=torch.float64))
+
+
+def test_independent_noise_differs_between_images_models_and_draws_and_depends_on_nothing_else():
+    ids = list(range(16))
+    whole = independent_noise(3, 2, ids, 4, IMAGES[:16])
+    assert torch.equal(whole.flip(0), independent_noise(3, 2, ids[::-1], 4, IMAGES[:16]))
+    assert torch.equal(whole[5:9], independent_noise(3, 2, ids[5:9], 4, IMAGES[5:9]))
+    others = [independent_noise(*key, IMAGES[:16]) for key in ((4, 2, ids, 4), (3, -1, ids, 4), (3, 2, ids, 5))]
+    rows = {tuple(row) for noise in (whole, *others) for row in noise.flatten(1).tolist()}
+    assert len(rows) == 64
+    assert float(whole.mean()) == pytest.approx(0, abs=4 / 32)  # 1,024 numbers
+    assert float(whole.var()) == pytest.approx(1, abs=4 * 2**0.5 / 32)
+
+
+def test_independent_noise_takes_the_banks_levels_and_an_unchanged_model_no_longer_scores_zero():
+    denoiser, ids = model("dit"), list(range(16))
+
+    def noise(m, n):
+        return independent_noise(3, m - 1, ids, n, IMAGES[:16])
+
+    losses = bank_losses(denoiser, IMAGES[:16], None, BANK, [{}, {}], noise=noise)
+    for m, i, n in ((0, 0, 0), (1, 7, 5), (1, 15, 2)):
+        with torch.no_grad():
+            one = denoiser.loss(IMAGES[i : i + 1], noise(m, n)[i : i + 1], BANK.sigma[n : n + 1])
+        assert float(losses[m, i, n]) == pytest.approx(float(one), rel=2e-5)
+    assert (mean_skew(losses[0], losses[1]).abs() > 1e-4).all()
 
 
 def test_replaced_parameters_come_back_even_after_an_error():
