@@ -372,6 +372,60 @@ def test_a_class_conditional_checkpoint_takes_the_classes_of_images_and_queries_
     assert {row["file"] for row in top(run)} == COPIES
 
 
+def test_a_part_of_the_classes_is_named_by_their_numbers_in_training(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = discrete(tmp_path / "model", pictures, steps=1, num_classes=5), f"run={tmp_path / 'run'}"
+    images, queries = tmp_path / "images", tmp_path / "queries"
+    shutil.copytree(pictures / "images" / "flower", images / "flower")
+    shutil.copytree(pictures / "queries", queries)
+    paths = ["experiment=attribute", f"model.path={model}", f"data.path={images}", f"queries.path={queries}"]
+    line = fails(capsys, "sample", run, *paths)
+    assert "data.labels: got data of 1 classes (flower)" in line
+    assert "0 to 4" in line
+    (images / "flower").rename(images / "2")  # a refused attempt leaves nothing that the next one has to overwrite
+    (queries / "metadata.csv").write_text("file_name,label\nb.png,4\n")
+    mucs("sample", run, *paths)
+    data = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
+    assert data["class_names"] == ["0", "1", "2", "3", "4"]
+    assert load_file(tmp_path / "run" / "sample" / "samples.safetensors")["condition"].tolist() == [4]
+    (queries / "metadata.csv").write_text("file_name,label\nb.png,flower\n")
+    assert "got class 'flower'; expected one of the training data's 5" in fails(capsys, "sample", run, *paths)
+
+
+def test_what_does_not_fit_the_checkpoint_is_named_before_a_picture_is_decoded(
+    untrained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = untrained.parent / "model", tmp_path / "run"
+    paths = [f"data.path={pictures / 'images'}", f"queries.path={pictures / 'queries'}", f"model.path={model}"]
+    command = ["run", "experiment=attribute", *paths]
+    assert "run: is not set" in fails(capsys, *command)
+    command.append(f"run={run}")
+    assert "data.image_size: got 32 and so images of (3, 32, 32)" in fails(capsys, *command, "data.image_size=32")
+    assert "data.color: got 1 and so images of (1, 16, 16)" in fails(capsys, *command, "data.color=grayscale")
+    assert not (run / "data").exists()
+    assert "training.num_steps: has no effect" in fails(capsys, *command, "training.num_steps=3")
+    sampled = ["run", "experiment=attribute", f"run={run}", paths[0], paths[2], "queries=sampled"]
+    assert "sampler.guidance: has no effect" in fails(capsys, *sampled, "sampler.guidance=2")
+    (tmp_path / "queries").mkdir()
+    (tmp_path / "queries" / "broken.png").write_bytes(b"no picture")
+    line = fails(capsys, *command, f"queries.path={tmp_path / 'queries'}")
+    assert str(tmp_path / "queries" / "broken.png") in line
+    assert "on_error" not in line
+
+
+def test_another_checkpoint_needs_another_run_or_overwrite(
+    untrained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(untrained, tmp_path / "run"))
+    model = discrete(tmp_path / "model", pictures, steps=1, beta_schedule="scaled_linear")
+    command = ["run", f"run={run}", f"model.path={model}", *QUICK, *TWO_STEPS]
+    assert f"model.path: got {model}, which holds another model" in fails(capsys, *command)
+    before = load_file(variant(run) / "scores.safetensors")["score"]
+    mucs(*command, "overwrite=true")
+    assert not torch.equal(load_file(variant(run) / "scores.safetensors")["score"], before)
+
+
 @pytest.fixture(scope="module")
 def latent_model(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional DiT on the latents of a small autoencoder, both trained a little on the pictures."""

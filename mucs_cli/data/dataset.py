@@ -97,7 +97,7 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
     source = open_source(config)
     stage = Stage(run / "data", "data", {"config": {"data": identity(config)}}, overwrite)
     with locked(stage.folder):
-        record = None
+        record, is_new = None, False
         if stage.is_done():
             try:
                 record = load_known(config, source, stage)
@@ -109,10 +109,11 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
             # No state.json: an attempt that failed here has computed nothing that another configuration would lose.
             decode_all(config, source, stage, None)
             record = Record.read(stage.folder)
+            is_new = True
         dataset = assemble(source, record)
-    if dataset.num_duplicates:
+    if is_new and dataset.num_duplicates:
         log.info("data: %d of %d images are exact copies of an earlier one", dataset.num_duplicates, len(dataset))
-    if record.skipped:
+    if is_new and record.skipped:
         names = ", ".join(record.skipped[:NAMED_AT_MOST]) + (", ..." if len(record.skipped) > NAMED_AT_MOST else "")
         path = stage.folder / "manifest.json"
         log.info("data: skipped %d pictures that cannot be read: %s (all in %s)", len(record.skipped), names, path)

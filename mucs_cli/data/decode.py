@@ -80,14 +80,14 @@ def opened(content: Path | bytes, name: str, max_pixels: int) -> Iterator[Image.
         if image.width * image.height > max_pixels:
             raise UserError(
                 name,
-                f"got {image.width}x{image.height} pixels; expected at most {max_pixels} in all. Shrink the picture, "
-                "raise data.max_pixels, or set data.on_error=skip.",
+                f"got {image.width}x{image.height} pixels; expected at most {max_pixels} in all. Shrink or remove "
+                "the picture, or raise data.max_pixels.",
             )
         if not is_grayscale_mode(image) and image.mode not in COLOR_MODES:
             raise UserError(
                 name,
                 f"got pixels of mode {image.mode}; expected grayscale of 8 or 16 bits, RGB, palette or CMYK. "
-                "Convert the picture, remove it, or set data.on_error=skip.",
+                "Convert or remove the picture.",
             )
         yield image
 
@@ -105,8 +105,7 @@ def said(name: str) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             name,
-            f"cannot be read ({error}); expected a PNG, JPEG, WebP, BMP, TIFF or GIF picture. Replace it, remove it, "
-            "or set data.on_error=skip.",
+            f"cannot be read ({error}); expected a PNG, JPEG, WebP, BMP, TIFF or GIF picture. Replace or remove it.",
         ) from error
 
 

@@ -235,9 +235,7 @@ class HuggingFaceSource(PictureSource):
             return image["bytes"]
         path = Path(image["path"]) if image is not None and image["path"] else None
         if path is None or not path.is_file():
-            raise UserError(
-                f"{self.config.path}, row {row}", "got no image. Remove the row, or set data.on_error=skip."
-            )
+            raise UserError(f"{self.config.path}, row {row}", "got no image. Remove the row.")
         if self.folder is not None and not path.resolve().is_relative_to(self.folder.resolve()):
             raise UserError(
                 f"{self.config.path}, row {row}", f"got {path}, which is not in the data set. Correct the row."

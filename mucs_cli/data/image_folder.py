@@ -14,7 +14,7 @@ from mucs_cli.config import ImageFolderConfig
 from mucs_cli.data.conditions import INDEX_COLUMN, ConditionFile, find_file
 from mucs_cli.data.decode import SUFFIXES
 from mucs_cli.data.labels import number_classes
-from mucs_cli.data.metadata import metadata_file, read_metadata
+from mucs_cli.data.metadata import column_values, metadata_file, read_metadata
 from mucs_cli.data.pictures import PictureSource, select
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.runtime import log
@@ -41,7 +41,10 @@ class ImageFolderSource(PictureSource):
         self.condition_state = stamp(self.condition_path) if self.condition_path else ""
         self.metadata_path = metadata_file(self.folder)
         metadata_state = self.metadata_path and stamp(self.metadata_path)
-        self.state = fingerprint(self.listing.images[: config.limit], metadata_state, self.condition_state)
+        parts: list[object] = [self.listing.images[: config.limit], metadata_state, self.condition_state]
+        if config.labels == "folder" and config.limit is not None:
+            parts.append(sorted(self._folders()))
+        self.state = fingerprint(*parts)
         self.facts = {
             "name": f"images in {self.folder.name}",
             "source": str(self.folder),
@@ -64,28 +67,34 @@ class ImageFolderSource(PictureSource):
         if self.config.labels == "folder":
             self._label_by_folder()
         elif self.config.labels == "metadata":
-            self._label_by_column()
+            self._label_by_column(columns)
         if self.listing.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.listing.others.most_common(5))
             log.info("data: left out %d files that are not pictures read here (%s)", self.listing.others.total(), kinds)
 
+    def _folders(self) -> set[str]:
+        """The folders directly below ``data.path`` that pictures lie in, those beyond ``data.limit`` included."""
+        return {first_folder(file) for file, _, _ in self.listing.images} - {""}
+
     def _label_by_folder(self) -> None:
         names = []
         for file in self.files:
-            parts = PurePosixPath(file).parts
-            if len(parts) == 1:
+            folder = first_folder(file)
+            if not folder:
                 raise UserError(
                     self.name(file),
                     "got no class: the file is directly in data.path; expected it in a folder named after its class. "
                     "Move it, or set data.labels=none.",
                 )
-            names.append(parts[0])
-        self.label, self.class_names = number_classes(names, self.config.num_classes, "data.num_classes")
+            names.append(folder)
+        self.label, self.class_names = number_classes(
+            names, self.config.num_classes, "data.num_classes", self._folders()
+        )
         self.label_column = "label"
         columns = {"metadata_label" if name == "label" else name: column for name, column in self.metadata.items()}
         self.metadata = {"label": names, **columns}
 
-    def _label_by_column(self) -> None:
+    def _label_by_column(self, columns: dict[str, list[str]]) -> None:
         column = self.config.label_column
         if column not in self.metadata:
             names = ", ".join(self.metadata) or "no column but file_name"
@@ -103,7 +112,7 @@ class ImageFolderSource(PictureSource):
                 )
         self.label_column = column
         self.label, self.class_names = number_classes(
-            self.metadata[column], self.config.num_classes, "data.num_classes"
+            self.metadata[column], self.config.num_classes, "data.num_classes", set(columns[column]) - {""}
         )
 
     def content(self, row: int) -> Path:
@@ -115,6 +124,21 @@ class ImageFolderSource(PictureSource):
     def read_conditions(self, start: int, stop: int) -> np.ndarray:
         assert self.condition is not None
         return self.condition.read(self.rows[start:stop])
+
+
+def class_texts(config: ImageFolderConfig) -> set[str]:
+    """The distinct class names, or numbers, that folders or metadata give the pictures; no picture is opened."""
+    folder = Path(os.path.abspath(os.path.expanduser(config.path)))
+    if config.labels == "metadata":
+        return column_values(folder, config.label_column) - {""}
+    if config.labels == "folder":
+        return {first_folder(file) for file, _, _ in list_images(folder).images} - {""}
+    return set()
+
+
+def first_folder(file: str) -> str:
+    """The folder directly below the data's that a relative path leads into; an empty string for a file in neither."""
+    return file.partition("/")[0] if "/" in file else ""
 
 
 def stamp(path: Path) -> str:

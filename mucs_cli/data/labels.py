@@ -1,13 +1,15 @@
 """Class labels from names: which classes there are, how they are numbered, and which one an image has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from mucs_cli.errors import UserError
 
 
-def number_classes(values: Sequence[str], num_classes: int | None, key: str) -> tuple[np.ndarray, list[str]]:
+def number_classes(
+    values: Sequence[str], num_classes: int | None, key: str, others: Iterable[str] = ()
+) -> tuple[np.ndarray, list[str]]:
     """Labels and class names from one non-empty string an image.
 
     Whole numbers are sorted as numbers, so that 0..K-1 are kept as they are; other names by their text. With
@@ -17,12 +19,13 @@ def number_classes(values: Sequence[str], num_classes: int | None, key: str) -> 
         values: N class names.
         num_classes: how many classes there are; None: as many as there are distinct values.
         key: the configuration key that an error names.
+        others: names that are classes too, of images that are left out: a part is numbered as the whole is.
     Returns:
         int64 [N] in 0..K-1, and the K class names.
     Raises:
         UserError: with ``num_classes``, a value that is no whole number below it.
     """
-    distinct = set(values)
+    distinct = set(values) if num_classes is not None else {*values, *others}
     whole = all(is_whole(value) for value in distinct)
     if num_classes is None:
         names = sorted(distinct, key=int) if whole else sorted(distinct)

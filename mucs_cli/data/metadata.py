@@ -37,6 +37,15 @@ def has_column(folder: str, name: str) -> bool:
     return any(name in row for _, row in itertools.islice(rows, 1))
 
 
+def column_values(folder: Path, name: str) -> set[str]:
+    """The distinct values of a column of the folder's metadata file; empty without such a file or column."""
+    path = metadata_file(folder)
+    if path is None:
+        return set()
+    rows = (csv_rows if path.suffix == ".csv" else json_rows)(path)
+    return {row[name] for _, row in rows if name in row}
+
+
 def read_metadata(folder: Path, files: list[str], linked: Collection[str] = ()) -> dict[str, list[str]]:
     """The columns of the folder's metadata file, a string for each of ``files``; no columns without such a file.
 

@@ -107,7 +107,7 @@ class PictureSource(Source):
             except UserError as error:
                 if self.skips:
                     return error
-                raise
+                raise UserError(error.subject, f"{error.message} Or leave it out: data.on_error=skip.") from error
 
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             yield from pool.map(call, range(start, stop))

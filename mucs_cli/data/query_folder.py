@@ -3,7 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from mucs_cli.artifacts import fingerprint
 from mucs_cli.config import DataConfig, PictureConfig
 from mucs_cli.data.conditions import INDEX_COLUMN, ConditionFile, find_file
 from mucs_cli.data.decode import Reading, decode, read_header
-from mucs_cli.data.image_folder import list_images
+from mucs_cli.data.image_folder import first_folder, list_images
 from mucs_cli.data.images import ImageDataset, to_pixels
 from mucs_cli.data.labels import label_of
 from mucs_cli.data.metadata import read_metadata
@@ -53,8 +53,9 @@ def load_query_folder(
     """Reads every picture below a folder as a query.
 
     A picture of another size than the training images is cropped to its centre square and scaled, as they are with
-    ``data.image_size``. Where the training data have classes, a query's is the column ``label`` of the folder's
-    metadata file, or else the first folder that it lies in; a class is named, or given by its number.
+    ``data.image_size``. Where the training data have classes, a query's is the column ``data.label_column``, or
+    ``label``, of the folder's metadata file, or else the first folder that it lies in; a class is named, or given by
+    its number.
 
     Args:
         path: the folder.
@@ -90,7 +91,7 @@ def load_query_folder(
         files,
         [fingerprint(image) for image in raw],
         metadata,
-        query_conditions(folder, files, metadata, dataset, condition_file),
+        query_conditions(folder, files, metadata, dataset, config, condition_file),
     )
 
 
@@ -99,6 +100,7 @@ def query_conditions(
     files: list[str],
     metadata: dict[str, list[str]],
     dataset: ImageDataset,
+    config: DataConfig,
     condition_file: str | None,
 ) -> Tensor | None:
     """The ``condition`` of ``FolderQueries``."""
@@ -116,16 +118,18 @@ def query_conditions(
         return torch.from_numpy(vectors.read(range(len(files)))[:, 0].copy())
     if dataset.label is None:
         return None
-    texts = metadata.get(LABEL_COLUMN, [""] * len(files))
+    own_column = getattr(config, "label_column", None) or LABEL_COLUMN
+    column = own_column if own_column in metadata else LABEL_COLUMN
+    texts = metadata.get(column, [""] * len(files))
     if not any(texts):
-        texts = [PurePosixPath(file).parts[0] if "/" in file else "" for file in files]
+        texts = [first_folder(file) for file in files]
         if not set(texts) & set(dataset.class_names):
             return None
     for file, text in zip(files, texts, strict=True):
         if not text:
             raise UserError(
                 str(folder / file),
-                f"got no class, though other queries have one. Give it a {LABEL_COLUMN}, or remove it.",
+                f"got no class, though other queries have one. Give it a {column}, or remove it.",
             )
     return torch.tensor(
         [label_of(text, dataset.class_names, str(folder / file)) for file, text in zip(files, texts, strict=True)]

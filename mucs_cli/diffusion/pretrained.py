@@ -192,8 +192,9 @@ def load_part(kind: type[Any], folder: Path) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0]  # diffusers goes on with advice on its own arguments
         raise UserError(
-            str(folder), f"its weights and config.json do not fit ({error}). Save the checkpoint again."
+            str(folder), f"its weights and config.json do not fit ({reason}). Save the checkpoint again."
         ) from error
     for problem, said in (
         ("missing_keys", "no weights for"),

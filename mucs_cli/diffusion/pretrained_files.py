@@ -39,7 +39,10 @@ def find_checkpoint(path: Path) -> CheckpointFiles:
         hint = convert_hint(path) if path.suffix in PICKLES else "Save the model with diffusers' save_pretrained."
         raise UserError(str(path), f"got a file; expected a folder saved by diffusers. {hint}")
     if not path.is_dir():
-        raise UserError(str(path), "not found; expected a folder saved by diffusers. Correct model.path.")
+        raise UserError(
+            str(path),
+            "not found; expected a folder saved by diffusers. Correct model.path; download a model of a hub first.",
+        )
     for name in LORA_FILES:
         if (path / name).exists():
             raise UserError(

@@ -15,7 +15,9 @@ from mucs_cli.stages.loading import BaseModel, Inputs
 
 
 def refuse_sampler_keys(context: Context, model: BaseModel) -> None:
-    """Raises UserError for typed keys that a model with a discrete schedule does not use."""
+    """Raises UserError for typed keys that an unconditional model, or one with a discrete schedule, does not use."""
+    if "sampler.guidance" in context.typed and not model.denoiser.network.is_conditional:
+        raise UserError("sampler.guidance", "has no effect on a model without conditions. Leave it out.")
     if isinstance(model.denoiser, DDPMDenoiser):
         for key in ("sampler.sigma_min", "sampler.sigma_max", "sampler.rho"):
             if key in context.typed:

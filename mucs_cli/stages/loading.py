@@ -12,6 +12,8 @@ from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_man
 from mucs_cli.config import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.decode import SUFFIXES
+from mucs_cli.data.image_folder import class_texts
+from mucs_cli.data.labels import is_whole
 from mucs_cli.data.metadata import has_column
 from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
@@ -90,9 +92,9 @@ def load_inputs(context: Context) -> Inputs:
 
 
 def load_data(context: Context, config: DataConfig | None = None) -> ImageDataset:
-    """The run's data; ``overwrite`` redoes it in the run's first stage only: later ones rest on it."""
+    """The run's data; the run's first stage redoes it with ``overwrite``, or where nothing rests on it yet."""
     first = "sample" if isinstance(context.config.model, PretrainedConfig) else "train"
-    overwrite = context.config.overwrite and context.command == first
+    overwrite = context.command == first and (context.config.overwrite or not context.folder(first).exists())
     return load_dataset(config or context.config.data, context.run, overwrite)
 
 
@@ -136,8 +138,13 @@ def load_pretrained_inputs(context: Context, path: Path, device: torch.device) -
         UserError: the model cannot be loaded or is not supported, or the data does not fit it.
     """
     other = load_pretrained(path)
-    pixels = load_data(context, fitted(context.config.data, other))
-    refuse_misfit(other, pixels, path)
+    config = fitted(context.config.data, other)
+    if isinstance(config, PictureConfig):  # what was typed is refused before anything is decoded
+        channels = {"grayscale": 1, "rgb": 3}.get(config.color, other.channels)
+        refuse_other_shape(other, (channels, config.image_size or 0, config.image_size or 0), path)
+    pixels = load_data(context, config)
+    refuse_other_shape(other, (pixels.channels, pixels.height, pixels.width), path)
+    refuse_other_conditions(other, pixels, path)
     other.denoiser.network.requires_grad_(False).to(device)
     model = BaseModel(other.denoiser, other.fingerprint, UNKNOWN_LEARNING_RATE, other.fresh, other.codec)
     if other.codec is None:
@@ -156,11 +163,16 @@ def fitted(config: DataConfig, model: Pretrained) -> DataConfig:
         image_size=model.image_size if config.image_size is None else config.image_size,
         color=color if config.color == "auto" else config.color,
     )
-    if isinstance(config, ImageFolderConfig) and config.labels == "none" and model.denoiser.network.num_classes:
-        if has_column(config.path, config.label_column):
-            return replace(config, labels="metadata")
-        if in_folders(Path(config.path)):
-            return replace(config, labels="folder")
+    num_classes = model.denoiser.network.num_classes
+    if not isinstance(config, ImageFolderConfig) or not num_classes:
+        return config
+    if config.labels == "none" and has_column(config.path, config.label_column):
+        config = replace(config, labels="metadata")
+    elif config.labels == "none" and in_folders(Path(config.path)):
+        config = replace(config, labels="folder")
+    texts = class_texts(config) if config.num_classes is None else set()
+    if texts and all(is_whole(text) and int(text) < num_classes for text in texts):
+        config = replace(config, num_classes=num_classes)  # numbers as in training, though some have no image here
     return config
 
 
@@ -174,27 +186,49 @@ def recorded_data(config: DataConfig, run: Path) -> DataConfig:
     if not isinstance(config, PictureConfig):
         return config
     decoded = require_manifest(run / "data", "train")["config"]["data"]
-    names = [name for name in ("image_size", "color", "labels") if hasattr(config, name)]
+    names = [name for name in ("image_size", "color", "labels", "num_classes") if hasattr(config, name)]
     return replace(config, **{name: decoded[name] for name in names})
 
 
-def refuse_misfit(other: Pretrained, data: ImageDataset, path: Path) -> None:
-    """Raises UserError where the model takes images of another shape, or other conditions, than the data has."""
-    wanted, got = (other.channels, other.image_size, other.image_size), (data.channels, data.height, data.width)
+def refuse_other_shape(other: Pretrained, got: tuple[int, int, int], path: Path) -> None:
+    """Raises UserError where the model takes images of another (channels, height, width) than the data has."""
+    wanted = (other.channels, other.image_size, other.image_size)
     if wanted != got:
-        key, value = ("data.color", data.channels) if wanted[1:] == got[1:] else ("data.image_size", data.height)
+        key, value = ("data.color", got[0]) if wanted[1:] == got[1:] else ("data.image_size", got[1])
         raise UserError(
             key,
             f"got {value} and so images of {got} (channels, height, width); {path} takes {wanted}. Leave out "
             "data.image_size and data.color: they are read from the model.",
         )
+
+
+def refuse_other_conditions(other: Pretrained, data: ImageDataset, path: Path) -> None:
+    """Raises UserError where the model takes classes or vectors, and the data has none or others."""
     network = other.denoiser.network
-    takes, has = (network.num_classes, network.condition_dim), (data.num_classes, data.condition_dim)
-    if network.is_conditional and takes != has:
+    if network.condition_dim and network.condition_dim != data.condition_dim:
+        has = f"vectors of length {data.condition_dim}" if data.condition_dim else "no vectors"
         raise UserError(
-            "model.path",
-            f"got a model of {takes[0]} classes and condition vectors of length {takes[1]}; the data has {has[0]} and "
-            f"{has[1]}. Set data.labels, data.num_classes or data.condition_file.",
+            "data.condition_file",
+            f"got data with {has}; {path} was trained on condition vectors of length {network.condition_dim}. Set it "
+            "to a safetensors file of them.",
+        )
+    if network.num_classes and data.condition_dim:
+        raise UserError(
+            "data.condition_file", f"got condition vectors; {path} was trained on classes instead. Leave it out."
+        )
+    if network.num_classes and not data.num_classes:
+        raise UserError(
+            "data.labels",
+            f"got data without classes; {path} has {network.num_classes}. Put the images into a folder a class, or add "
+            "a column label to the metadata (another column: data.labels=metadata data.label_column=NAME).",
+        )
+    if network.num_classes and network.num_classes != data.num_classes:
+        some = ", ".join(data.class_names[:5]) + (", ..." if data.num_classes > 5 else "")
+        raise UserError(
+            "data.labels",
+            f"got data of {data.num_classes} classes ({some}); {path} has {network.num_classes}. Name all of them; or, "
+            f"where images of some are missing, give each image the number of its class in training, 0 to "
+            f"{network.num_classes - 1}, as its folder or in the metadata's column.",
         )
 
 

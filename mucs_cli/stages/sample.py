@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
-from mucs_cli.config import FolderQueriesConfig, SampledQueriesConfig
+from mucs_cli.config import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.errors import UserError
@@ -46,10 +46,24 @@ class NewQueries:
 def run(context: Context) -> None:
     """Writes ``sample/``: ``samples.safetensors``, ``grid.png``, ``queries.csv`` of a folder, and the manifest."""
     inputs = load_inputs(context)
+    refuse_other_model(context, inputs)
     if isinstance(context.config.queries, FolderQueriesConfig):
         read_queries(context, inputs, context.config.queries)
     else:
         sample_queries(context, inputs, context.config.queries)
+
+
+def refuse_other_model(context: Context, inputs: Inputs) -> None:
+    """Raises UserError where the run has queries of another model than ``model.path`` holds now."""
+    path, model = context.folder("sample", "manifest.json"), context.config.model
+    if context.config.overwrite or not isinstance(model, PretrainedConfig) or not path.exists():
+        return
+    if read_json(path)["inputs"]["model"] != inputs.model.fingerprint:
+        raise UserError(
+            "model.path",
+            f"got {model.path}, which holds another model than the one that {path} has queries for. Use another run=, "
+            "or overwrite=true to start this one afresh.",
+        )
 
 
 def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfig) -> None:
@@ -91,12 +105,7 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
     network = inputs.model.denoiser.network
     found = load_query_folder(config.path, inputs.pixels, context.config.data, config.condition_file)
     if network.is_conditional and found.condition is None:
-        what = (
-            "a class: a column label in its metadata.csv, or folders named after the classes"
-            if network.num_classes
-            else "its condition vector: set queries.condition_file"
-        )
-        raise UserError("queries.path", f"got {config.path}; the model is conditional. Give every picture {what}.")
+        raise UserError("queries.path", f"got {config.path}; the model is conditional. {condition_hint(inputs)}")
     condition = found.condition if network.is_conditional else None
     prints = [
         fingerprint(sha256, *([] if condition is None else [condition[i]])) for i, sha256 in enumerate(found.sha256)
@@ -125,6 +134,15 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
         columns = {name: [cells[i] for i in new] for name, cells in columns.items() if name != "query"}
         queries = NewQueries(tensors, [prints[position] for position in new], columns)
         write_queries(stage, queries, {"folder": config.path})
+
+
+def condition_hint(inputs: Inputs) -> str:
+    """How to say what each picture of a folder was generated under."""
+    if not inputs.model.denoiser.network.num_classes:
+        return "Give every picture its condition vector: set queries.condition_file."
+    names = inputs.pixels.class_names
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"Give every picture a class ({some}): the column label in its metadata.csv, or a folder named after it."
 
 
 def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:

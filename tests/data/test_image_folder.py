@@ -94,6 +94,14 @@ def test_the_first_folder_is_the_class_and_classes_are_numbered_by_name(photo_fo
     assert index[0].endswith(",split,label") and index[-1].endswith(",training,flower")
 
 
+def test_a_limit_numbers_the_classes_as_the_whole_folder_does(photo_folder: Path) -> None:
+    dataset = load(photo_folder, labels="folder", limit=2)
+    assert dataset.class_names == ["china", "flower"] and dataset.labels([0, 1]).tolist() == [0, 0]
+    (photo_folder / "later").mkdir()
+    (photo_folder / "flower/deep/1.png").rename(photo_folder / "later/1.png")
+    assert load(photo_folder, labels="folder", limit=2).class_names == ["china", "flower", "later"]
+
+
 def test_without_labels_there_are_none(photo_folder: Path) -> None:
     dataset = load(photo_folder)
     assert dataset.label is None and dataset.labels([0]) is None and dataset.num_classes == 0 and dataset.metadata == {}

@@ -100,6 +100,12 @@ def test_classes_of_a_column_are_numbered_by_name(photo_folder: Path) -> None:
     assert load(photo_folder, labels="metadata", label_column="style").labels([5]).tolist() == [2]
 
 
+def test_a_limit_numbers_the_classes_of_a_column_as_the_whole_folder_does(photo_folder: Path) -> None:
+    write_lines(photo_folder, [{"file_name": f, "style": s} for f, s in zip(FILES, "cabbad", strict=True)])
+    dataset = load(photo_folder, labels="metadata", label_column="style", limit=1)
+    assert dataset.class_names == ["a", "b", "c", "d"] and dataset.labels([0]).tolist() == [2]
+
+
 def test_whole_numbers_keep_their_order_and_0_to_k_minus_1_keep_their_values() -> None:
     label, names = number_classes([str(i) for i in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)], None, "k")
     assert label.tolist() == [10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9] and names[10] == "10"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,14 @@ def test_classes_come_from_the_metadata_by_name_or_number_in_the_training_datas_
     )
     assert found.condition.dtype == torch.int64 and found.condition.tolist() == [1, 1, 0]
     assert found.metadata["prompt"] == ["", "q", "p"]
+
+
+def test_classes_may_be_in_the_column_that_the_training_datas_are_in(
+    queries: Path, dataset: ImageDataset, config: ImageFolderConfig
+) -> None:
+    config = replace(config, label_column="style")
+    text = "file_name,style\nwide.tiff,china\ncopy.png,flower\nclear.png,china\n"
+    assert labelled(queries, dataset, config, text).condition.tolist() == [0, 1, 0]
 
 
 def test_classes_come_from_the_folder_else(
