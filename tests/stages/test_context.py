@@ -67,7 +67,7 @@ def test_a_variant_typed_on_the_first_command_is_no_part_of_the_run(tmp_path: Pa
 
 
 def test_a_value_equal_to_the_runs_own_names_no_variant(made: Path) -> None:
-    assert create(made, "unlearn", "run=r", "unlearning.forget_weight=0.2").variant("unlearning") == "mucs"
+    assert create(made, "unlearn", "run=r", "unlearning.forget_weight=0.2").unlearn_variant() == "mucs"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_redoing_a_stage_changes_what_the_run_is(made: Path) -> None:
     finish(context, "train", TRAIN_SECTIONS)
     later = create(made, "unlearn", "run=r")
     assert (later.config.training.num_steps, later.config.seed, later.config.unlearning.seed) == (6, 4, 4)
-    assert later.variant("unlearning") == "mucs"
+    assert later.unlearn_variant() == "mucs"
 
 
 def test_an_experiment_typed_later_sets_everything_but_what_is_finished(made: Path) -> None:
