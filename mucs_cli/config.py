@@ -1,354 +1,42 @@
-"""Configuration schemas: every key with its type, default, meaning and range, and the checks across keys.
+"""The commands and their configurations, and the checks across keys.
 
-The dataclasses are Hydra structured configs (registered in ``composition.py``); help texts and validation come from the
-same field metadata. Nothing here imports torch, so that help and completion answer at once.
+Nothing here imports torch, so that help and completion answer at once.
 """
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from omegaconf import II, MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mucs_cli.errors import UserError, did_you_mean
-
-
-def option(
-    default: Any,
-    meaning: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    affects_result: bool = True,
-) -> Any:
-    """A dataclass field with its meaning, its range, and whether it changes the numbers a stage writes.
-
-    Args:
-        default: the default value; a list is copied for each instance.
-        meaning: one line for the help, with the unit.
-        minimum, above, maximum, below: bounds, inclusive (minimum, maximum) or exclusive (above, below).
-        choices: allowed strings.
-        affects_result: False for batch sizes, devices, logging: a stage is up to date whatever they are.
-    """
-    metadata = {
-        "meaning": meaning,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "below": below,
-        "choices": choices,
-        "affects_result": affects_result,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-# --- sections --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DataConfig:
-    name: str = option(MISSING, "kind of data set; set by data=")
-    holdout: int = option(0, "images kept out of training, drawn by seed", minimum=0)
-    limit: int | None = option(None, "use only the first images, for a quick try; null for all", minimum=1)
-    seed: int = option(II("seed"), "seed of the held-out choice")
-
-
-@dataclass
-class DigitsConfig(DataConfig):
-    name: str = option("digits", "kind of data set; set by data=")
-
-
-@dataclass
-class PictureConfig(DataConfig):
-    """Keys of every data set whose images are encoded pictures (PNG, JPEG, WebP, BMP, TIFF, GIF)."""
-
-    image_size: int | None = option(
-        None, "side in pixels after centre crop and resizing; null: as they are, all of one size", minimum=2
-    )
-    color: str = option(
-        "auto", "rgb, grayscale, or auto: grayscale if every picture is", choices=("auto", "rgb", "grayscale")
-    )
-    background: str = option("white", "what shows through transparent pixels: white, black or #rrggbb")
-    max_pixels: int = option(
-        178_956_970, "pixels of a picture as stored, above which it is not decoded", minimum=1, maximum=178_956_970
-    )
-    on_error: str = option(
-        "stop", "a picture that cannot be read: stop, or skip (counted and listed)", choices=("stop", "skip")
-    )
-    verify: bool = option(False, "decode every picture again instead of trusting size and time", affects_result=False)
-
-
-@dataclass
-class ImageFolderConfig(PictureConfig):
-    name: str = option("image_folder", "kind of data set; set by data=")
-    path: str = option(MISSING, "folder of pictures, nested folders included; metadata.csv or .jsonl in it is read")
-    labels: str = option(
-        "none",
-        "none; folder: the first folder below path is the class; metadata: a column of the metadata file is",
-        choices=("none", "folder", "metadata"),
-    )
-    label_column: str = option("label", "labels=metadata: the column that holds the class")
-    num_classes: int | None = option(
-        None, "labels that are whole numbers: how many classes there are; null: as found", minimum=1
-    )
-    condition_file: str | None = option(
-        None, "safetensors file, tensor condition, float32 [N, d] or [N, k, d]; in path, or relative to where you are"
-    )
-
-
-@dataclass
-class HuggingFaceConfig(PictureConfig):
-    name: str = option("huggingface", "kind of data set; set by data=")
-    path: str = option(
-        MISSING, "save_to_disk folder, parquet or arrow file or folder of them, imagefolder, or a name on the hub"
-    )
-    subset: str | None = option(None, "configuration of a data set on the hub; null: its default")
-    revision: str | None = option(None, "commit, tag or branch of a data set on the hub; null: the newest")
-    split: str = option("train", "which split")
-    image_column: str | None = option(None, "column of the images; null: the only one there is")
-    label_column: str | None = option(None, "column of the classes; null: the only ClassLabel column, if there is one")
-    num_classes: int | None = option(
-        None, "labels that are whole numbers: how many classes there are; null: as found", minimum=1
-    )
-    metadata_columns: list[str] | None = option(
-        None, "columns shown in scores and report; null: all of text, numbers and lists of them"
-    )
-    caption_column: str | None = option(
-        None, "column of the caption or captions that text_encoder embeds as the image's condition"
-    )
-    text_encoder: str | None = option(
-        None, "CLIP text model, a local folder or a name on the hub; null: captions are metadata only"
-    )
-    captions_per_image: int = option(5, "captions embedded an image; one with fewer repeats its own", minimum=1)
-
-
-@dataclass
-class ModelConfig:
-    name: str = option(MISSING, "kind of network; set by model=")
-
-
-@dataclass
-class PretrainedConfig(ModelConfig):
-    name: str = option("pretrained", "kind of network; set by model=")
-    path: str = option(MISSING, "folder of a diffusers pipeline or network, or of a finished run", affects_result=False)
-
-
-@dataclass
-class NetworkConfig(ModelConfig):
-    size: str = option("paper", "tiny, small or paper; the keys below override it", choices=("tiny", "small", "paper"))
-    conditional: bool = option(False, "condition the network on the data's labels, or its condition vectors")
-    dropout: float = option(0.1, "dropout probability in training", minimum=0, below=1)
-
-
-@dataclass
-class DiTConfig(NetworkConfig):
-    name: str = option("dit", "kind of network; set by model=")
-    patch_size: int = option(2, "side of a token's square, pixels", minimum=1)
-    width: int | None = option(None, "channels of a token; null: by size (64, 384, 768)", minimum=4)
-    num_layers: int | None = option(None, "transformer blocks; null: by size (3, 12, 12)", minimum=1)
-    num_heads: int | None = option(None, "attention heads; null: by size (4, 6, 12)", minimum=1)
-    mlp_ratio: float = option(4.0, "hidden width of the MLP over width", above=0)
-
-
-@dataclass
-class UNetConfig(NetworkConfig):
-    name: str = option("unet", "kind of network; set by model=")
-    channels: int | None = option(None, "base channels; null: by size (16, 64, 128)", minimum=4)
-    multipliers: list[int] | None = option(None, "channel multiplier a level; null: by size ([1,2], [2,2], [2,2,2])")
-    layers_per_block: int | None = option(None, "residual blocks a level; null: by size (1, 2, 4)", minimum=1)
-    attention_resolutions: list[int] | None = option(
-        None, "sides, in pixels, of levels with self-attention; null: by size ([4], [16], [16])"
-    )
-
-
-@dataclass
-class DiffusionConfig:
-    name: str = option(MISSING, "preconditioning; set by diffusion=")
-
-
-@dataclass
-class EDMConfig(DiffusionConfig):
-    name: str = option("edm", "preconditioning; set by diffusion=")
-    sigma_data: str = option("0.5", "standard deviation of the pixels, or auto: measured on the training images")
-    p_mean: float = option(-1.2, "mean of ln sigma in training; shifted by ln(sigma_data/0.5) when sigma_data=auto")
-    p_std: float = option(1.2, "standard deviation of ln sigma in training", above=0)
-
-
-@dataclass
-class VPConfig(DiffusionConfig):
-    name: str = option("vp", "preconditioning; set by diffusion=")
-    beta_d: float = option(19.9, "slope of the noise schedule", above=0)
-    beta_min: float = option(0.1, "start of the noise schedule", above=0)
-
-
-@dataclass
-class DDPMConfig(DiffusionConfig):
-    name: str = option("ddpm", "preconditioning; set by diffusion=")
-    num_train_timesteps: int = option(1000, "noise levels", minimum=2)
-    beta_schedule: str = option(
-        "linear",
-        "noise schedule, as diffusers names it",
-        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-    )
-    beta_start: float = option(1e-4, "first beta, of schedules that have a choice", above=0, below=1)
-    beta_end: float = option(0.02, "last beta, of schedules that have a choice", above=0, below=1)
-    prediction_type: str = option("epsilon", "what the network predicts", choices=("epsilon", "v_prediction", "sample"))
-    rescale_betas_zero_snr: bool = option(False, "rescale the schedule so that its last level is pure noise")
-
-
-@dataclass
-class TrainingConfig:
-    num_steps: int = option(200_000, "updates", minimum=1)
-    batch_size: int = option(128, "images an update", minimum=1)
-    micro_batch_size: int | None = option(
-        None, "images a forward pass; null: the whole batch", minimum=1, affects_result=False
-    )
-    learning_rate: float = option(1e-4, "peak learning rate of AdamW", above=0)
-    weight_decay: float = option(0.01, "AdamW weight decay", minimum=0)
-    warmup_steps: int = option(0, "updates of linear warm-up", minimum=0)
-    decay: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
-    ema_decay: float = option(
-        0.999, "decay an update of the weights' moving average, which is what is used", minimum=0, below=1
-    )
-    condition_dropout: float = option(
-        0.1, "probability of training an image without its condition", minimum=0, maximum=1
-    )
-    horizontal_flip: bool = option(False, "mirror images at random")
-    augmentation: float = option(0.0, "probability of each EDM augmentation (non-leaking)", minimum=0, maximum=1)
-    checkpoint_every_seconds: float = option(60.0, "time between resumable checkpoints", above=0, affects_result=False)
-    seed: int = option(II("seed"), "seed of initialisation, order, noise and dropout")
-
-
-@dataclass
-class SamplerConfig:
-    num_steps: int = option(32, "noise levels of the Heun sampler (2 num_steps - 1 evaluations)", minimum=1)
-    sigma_min: float = option(0.002, "lowest noise level", above=0)
-    sigma_max: float = option(80.0, "highest noise level", above=0)
-    rho: float = option(7.0, "exponent of the noise grid", above=0)
-    guidance: float = option(1.0, "classifier-free guidance weight; 1 for none", minimum=0)
-    batch_size: int = option(256, "images sampled at once", minimum=1, affects_result=False)
-
-
-@dataclass
-class QueriesConfig:
-    name: str = option(MISSING, "where the images to explain come from; set by queries=")
-    index: Any = option(
-        None, "which queries to unlearn and score: 3, [0,4] or a slice such as 0:10; null: all", affects_result=False
-    )
-
-
-@dataclass
-class SampledQueriesConfig(QueriesConfig):
-    name: str = option("sampled", "where the images to explain come from; set by queries=")
-    num: int = option(10, "generated images to explain", minimum=1)
-    seed: int = option(II("seed"), "seed of the first query; query i has a stream of its own")
-    classes: list[int] | None = option(None, "classes to sample in turn, for a conditional model; null: all")
-
-
-@dataclass
-class FolderQueriesConfig(QueriesConfig):
-    name: str = option("folder", "where the images to explain come from; set by queries=")
-    path: str = option(
-        MISSING, "folder of generated pictures; column label of its metadata, or a folder a class", affects_result=False
-    )
-    condition_file: str | None = option(
-        None, "safetensors file as data.condition_file, with the queries' vectors", affects_result=False
-    )
-
-
-@dataclass
-class NoiseBankConfig:
-    num_draws: int = option(100, "draws (sigma, noise) an image", minimum=1)
-    grid: str = option(
-        "truncated",
-        "truncated: the release's first n of floor(n/0.7) levels; exact: linspace(0, 0.7, n); full: linspace(0, 1, n)",
-        choices=("truncated", "exact", "full"),
-    )
-    sigma_min: float = option(0.002, "lowest level of the untruncated grid", above=0)
-    sigma_max: float = option(80.0, "highest level", above=0)
-    rho: float = option(7.0, "exponent of the grid", above=0)
-    seed: int = option(II("seed"), "seed of the noise")
-
-
-@dataclass
-class UnlearningConfig:
-    forget_weight: float = option(0.2, "lambda, weight of the forget loss", minimum=0)
-    learning_rate: float | None = option(None, "AdamW learning rate; null: a tenth of the training's", above=0)
-    weight_decay: float = option(0.01, "AdamW weight decay", minimum=0)
-    retain_batch_size: int = option(100, "training images an update", minimum=1)
-    forget_batch_size: int = option(100, "noisy copies of the query an update", minimum=1)
-    micro_batch_size: int | None = option(
-        None, "images a forward pass; null: the whole batch", minimum=1, affects_result=False
-    )
-    null_loss: str = option(
-        "auto", "the bound: closed_form, monte_carlo, a number, or auto (closed form where it holds)"
-    )
-    tolerance: float = option(
-        0.95, "stop when the clamped forget loss reaches this share of the bound", above=0, maximum=1
-    )
-    max_steps: int = option(1000, "cap on updates; reaching it is reported", minimum=1)
-    num_steps: int | None = option(
-        None, "exactly this many updates, without the stop rule; null: stop by the rule", minimum=0
-    )
-    trainable: str = option(
-        "auto", "auto: mlp for a DiT, all_but_bias for a U-Net; or mlp, all_but_bias, attention, all, patterns"
-    )
-    patterns: list[str] = option([], "trainable=patterns: shell patterns of parameter names")
-    seed: int = option(II("seed"), "seed of each query's batches and noise")
-
-
-@dataclass
-class MethodConfig:
-    name: str = option("mucs", "attribution method", choices=("mucs",))
-    epsilon: float = option(1e-3, "added to the denominator of the skew", minimum=0)
-
-
-@dataclass
-class ScoreConfig:
-    batch_size: int | None = option(
-        None,
-        "training images a forward pass, a multiple of 16; null: measured once and stored in the run",
-        minimum=16,
-        affects_result=False,
-    )
-    memory_budget: float = option(
-        4.0, "GiB for unlearned weights that share a pass over the data", above=0, affects_result=False
-    )
-    group_by: list[str] | None = option(
-        None,
-        "metadata columns summed up in groups.csv, for example [artist,licence]; [] for none; null: those that have 2 "
-        "to 50 values and at most half as many as images",
-        affects_result=False,
-    )
-    group_k: int | None = option(
-        None,
-        "highest scores of a query of which each group's share is given; null: 1 % of the images, at least 10",
-        minimum=1,
-        affects_result=False,
-    )
-
-
-@dataclass
-class ReportConfig:
-    k: int = option(10, "top training images shown for each query", minimum=1)
-    exclude_exact: bool = option(False, "leave exact copies of the query out of the ranking")
-    group_by: list[str] | None = option(
-        None,
-        "metadata columns summed up, for example [artist,licence]; [] for none; null: those that have 2 to 50 values "
-        "and at most half as many as images",
-    )
-    group_k: int | None = option(
-        None,
-        "highest scores of a query of which each group's share is shown; null: 1 % of the images, at least 10",
-        minimum=1,
-    )
-
+from mucs_cli.methods import METHODS
+from mucs_cli.schemas import (
+    DataConfig,
+    DDPMConfig,
+    DiffusionConfig,
+    DigitsConfig,
+    DiTConfig,
+    EDMConfig,
+    FolderQueriesConfig,
+    HuggingFaceConfig,
+    ImageFolderConfig,
+    MethodConfig,
+    ModelConfig,
+    NoiseBankConfig,
+    PretrainedConfig,
+    QueriesConfig,
+    ReportConfig,
+    SampledQueriesConfig,
+    SamplerConfig,
+    ScoreConfig,
+    TrainingConfig,
+    UNetConfig,
+    UnlearningConfig,
+    VPConfig,
+    option,
+)
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
@@ -439,11 +127,15 @@ COMMANDS: dict[str, Command] = {
 VARIANT_SECTIONS = ("method", "unlearning", "noise_bank")
 """Sections whose values, where they differ from the run's own, name a variant."""
 
+NULL_LOSSES = ("auto", "closed_form", "monte_carlo", "none")
+"""What unlearning.null_loss may be besides a number."""
+
 SECTION_SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"digits": DigitsConfig, "image_folder": ImageFolderConfig, "huggingface": HuggingFaceConfig},
     "model": {"dit": DiTConfig, "unet": UNetConfig, "pretrained": PretrainedConfig},
     "diffusion": {"edm": EDMConfig, "vp": VPConfig, "ddpm": DDPMConfig},
     "queries": {"sampled": SampledQueriesConfig, "folder": FolderQueriesConfig},
+    "method": {name: method.schema for name, method in METHODS.items()},
 }
 """Sections whose schema depends on their ``name``."""
 
@@ -597,7 +289,9 @@ def check_across(config: Any) -> None:
         return
     if isinstance(config.diffusion, EDMConfig) and config.diffusion.sigma_data != "auto":
         number_or_word(config.diffusion.sigma_data, "diffusion.sigma_data", ("auto",))
-    number_or_word(config.unlearning.null_loss, "unlearning.null_loss", ("auto", "closed_form", "monte_carlo"))
+    bound = number_or_word(config.unlearning.null_loss, "unlearning.null_loss", NULL_LOSSES)
+    if bound == "none" and config.unlearning.num_steps is None:
+        raise UserError("unlearning.num_steps", "got null with null_loss=none, where no bound ends it. Set it.")
     for name in ("sampler", "noise_bank"):
         section = getattr(config, name)
         if section.sigma_min >= section.sigma_max:
@@ -605,16 +299,17 @@ def check_across(config: Any) -> None:
                 f"{name}.sigma_min",
                 f"got {section.sigma_min}; expected less than {name}.sigma_max={section.sigma_max}.",
             )
-    trainable = ("auto", "mlp", "all_but_bias", "attention", "all", "patterns")
-    if config.unlearning.trainable not in trainable:
-        raise UserError(
-            "unlearning.trainable", f"got {config.unlearning.trainable!r}; expected one of {', '.join(trainable)}."
-        )
     if (config.unlearning.trainable == "patterns") != bool(config.unlearning.patterns):
         raise UserError(
             "unlearning.patterns",
             f"got {config.unlearning.patterns} with unlearning.trainable={config.unlearning.trainable}; "
             "expected patterns exactly when trainable=patterns.",
+        )
+    if (config.unlearning.trainable == "last_blocks") != (config.unlearning.num_blocks is not None):
+        raise UserError(
+            "unlearning.num_blocks",
+            f"got {config.unlearning.num_blocks} with unlearning.trainable={config.unlearning.trainable}; expected a "
+            "number exactly when trainable=last_blocks.",
         )
     size = config.score.batch_size
     if size is not None and size % 16:
@@ -638,10 +333,16 @@ def number_or_word(value: str, key: str, words: tuple[str, ...]) -> float | str:
     return number
 
 
-def result_config(section: Any) -> dict[str, Any]:
-    """The keys of a section that decide the numbers a stage writes."""
+def result_config(section: Any, scores_only: bool = True) -> dict[str, Any]:
+    """The keys of a section that decide the numbers a stage writes.
+
+    Args:
+        scores_only: False to leave out what changes a method's scores and not its unlearned models.
+    """
     return {
         f.name: getattr(section, f.name)
         for f in fields(section)
-        if f.metadata.get("affects_result", True) and not is_section(f)
+        if f.metadata.get("affects_result", True)
+        and not is_section(f)
+        and (scores_only or not f.metadata.get("scores_only", False))
     }

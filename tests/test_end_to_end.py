@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
 
 from mucs_cli.attribution import scoring
-from mucs_cli.attribution.unlearning import UnlearningResult
+from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult
 from mucs_cli.cli import main
 from mucs_cli.diffusion.checkpoint import load_denoiser
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.diffusion.training import Trainer
 from mucs_cli.stages import engine as score_engine
-from mucs_cli.stages import unlearn as unlearn_stage
+from mucs_cli.stages import mirrored
 
 NUM_IMAGES, NUM_QUERIES, NUM_DRAWS = 90, 3, 5
 SMALL = [
@@ -251,7 +251,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, c
     ("command", "owner", "name", "calls", "arguments"),
     [
         ("train", Trainer, "update", 25, [*SMALL, "training.checkpoint_every_seconds=1e-6"]),
-        ("unlearn", unlearn_stage, "unlearn_one", 2, UNLEARN),
+        ("unlearn", mirrored.MirroredUnlearner, "unlearn", 2, UNLEARN),
         ("score", score_engine, "bank_losses", 2, SCORE),
         ("score", score_engine, "bank_losses", 4, SCORE),
     ],
@@ -307,7 +307,7 @@ def test_a_query_that_misses_the_bound_is_reported_and_kept(finished: Path) -> N
     manifest = json.loads((finished / "unlearn" / VARIANT / "manifest.json").read_text())
     assert [query["reached_bound"] for query in manifest["results"]] == [False] * NUM_QUERIES
     assert [query["num_steps"] for query in manifest["results"]] == [4] * NUM_QUERIES
-    assert "did not reach the bound" in (finished / "unlearn" / VARIANT / "log.txt").read_text()
+    assert "did not reach its bound" in (finished / "unlearn" / VARIANT / "log.txt").read_text()
 
 
 # --- a folder of colour photographs and a U-Net ------------------------------------------------------------------
@@ -618,14 +618,14 @@ def test_a_diverging_unlearning_run_keeps_the_queries_before_it(
         capsys, "unlearn", f"run={run}", *UNLEARN, "unlearning.learning_rate=1e25"
     )
     shutil.rmtree(run / "unlearn")
-    whole = unlearn_stage.unlearn
+    whole = mirrored.unlearn
 
     def diverges_at_two(*arguments: object, query_id: int = 0, **keywords: object) -> UnlearningResult:
         if arguments[7] == 2:
-            raise unlearn_stage.NonFiniteLossError(3, float("nan"))
+            raise NonFiniteLossError(3, float("nan"))
         return whole(*arguments, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(unlearn_stage, "unlearn", diverges_at_two)
+    monkeypatch.setattr(mirrored, "unlearn", diverges_at_two)
     assert "query 2" in fails(capsys, "unlearn", f"run={run}", *UNLEARN)
     assert sorted(path.name for path in (run / "unlearn" / VARIANT).glob("query_*")) == [
         "query_0000.safetensors",

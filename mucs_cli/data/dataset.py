@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, sha256_file
-from mucs_cli.config import DataConfig, DigitsConfig, HuggingFaceConfig, ImageFolderConfig, PictureConfig, result_config
+from mucs_cli.config import result_config
 from mucs_cli.data.images import ImageDataset, block_size
 from mucs_cli.data.record import CACHE, CONDITIONS, INDEX, MismatchError, Record, write_index
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
+from mucs_cli.schemas import DataConfig, DigitsConfig, HuggingFaceConfig, ImageFolderConfig, PictureConfig
 
 __all__ = ["ImageDataset", "dataset_fingerprint", "draw_training", "load_dataset", "open_source"]
 

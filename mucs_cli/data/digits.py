@@ -7,8 +7,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from mucs_cli.artifacts import fingerprint
-from mucs_cli.config import DigitsConfig
 from mucs_cli.data.source import Source
+from mucs_cli.schemas import DigitsConfig
 
 
 class DigitsSource(Source):

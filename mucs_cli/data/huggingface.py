@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from mucs_cli.artifacts import fingerprint
-from mucs_cli.config import HuggingFaceConfig
 from mucs_cli.data.captions import CaptionEncoder, encoder_state
 from mucs_cli.data.decode import SUFFIXES
 from mucs_cli.data.labels import number_classes
 from mucs_cli.data.metadata import RESERVED, as_text
 from mucs_cli.data.pictures import PictureSource
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.schemas import HuggingFaceConfig
 
 BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset")
 """Kinds of data set on the hub that are read; all of them are data, none is code."""

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mucs_cli.artifacts import fingerprint
-from mucs_cli.config import ImageFolderConfig
 from mucs_cli.data.conditions import INDEX_COLUMN, ConditionFile, find_file
 from mucs_cli.data.decode import SUFFIXES
 from mucs_cli.data.labels import number_classes
@@ -18,6 +17,7 @@ from mucs_cli.data.metadata import column_values, metadata_file, read_metadata
 from mucs_cli.data.pictures import PictureSource, select
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.runtime import log
+from mucs_cli.schemas import ImageFolderConfig
 
 
 class ImageFolderSource(PictureSource):

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from mucs_cli.config import PictureConfig
 from mucs_cli.data.decode import Reading, decode, read_header
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
+from mucs_cli.schemas import PictureConfig
 
 Result = TypeVar("Result")
 NUM_THREADS = min(8, os.cpu_count() or 1)

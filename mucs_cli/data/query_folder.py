@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint
-from mucs_cli.config import DataConfig, PictureConfig
 from mucs_cli.data.conditions import INDEX_COLUMN, ConditionFile, find_file
 from mucs_cli.data.decode import Reading, decode, read_header
 from mucs_cli.data.image_folder import first_folder, list_images
@@ -20,6 +19,7 @@ from mucs_cli.data.metadata import read_metadata
 from mucs_cli.data.pictures import NUM_THREADS
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import log
+from mucs_cli.schemas import DataConfig, PictureConfig
 
 LEVELS = 255
 LABEL_COLUMN = "label"

@@ -27,11 +27,13 @@ from mucs_cli.config import (
     validate,
 )
 from mucs_cli.errors import UserError
+from mucs_cli.methods import METHODS
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
     from mucs_cli.artifacts import Stage
+    from mucs_cli.methods.base import Method
 
 PER_COMMAND = ("run", "device", "overwrite", "stages")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
@@ -107,7 +109,10 @@ class Context:
         for section, (stage, decided) in finished.items():
             check_against(decided, section, config, stage, run)
 
-        base = validate(OmegaConf.create(from_record(record, composed)), schema)
+        own = from_record(record, composed)
+        if own["method"]["name"] != values["method"]["name"]:  # a method's variants are named against its own defaults
+            own["method"] = as_values(compose(command, [f"method={config.method.name}"]), cwd)["method"]
+        base = validate(OmegaConf.create(own), schema)
         owned = [section for stage in stages for section in COMMANDS[stage].owns]
         if "train" in stages:
             owned.append("seed")
@@ -129,17 +134,22 @@ class Context:
         """A folder or file of the run."""
         return self.run.joinpath(*parts)
 
-    def variant(self, *sections: str) -> str:
-        """The method's name and each value of ``sections`` that differs from the run's: ``mucs__forget_weight-0.5``.
+    @property
+    def method(self) -> "Method":
+        """The attribution method that the configuration names."""
+        return METHODS[self.config.method.name]
 
-        Args:
-            sections: of ``VARIANT_SECTIONS``: those that decide what is being named.
-        """
-        return variant_name(
-            self.config.method.name,
-            {section: result_config(getattr(self.config, section)) for section in sections},
-            self.base,
-        )
+    def score_variant(self) -> str:
+        """The folder of the scores: the method's name and each value that decides them and differs from the run's."""
+        return self._variant(self.method.sections)
+
+    def unlearn_variant(self) -> str:
+        """The folder of the unlearned models: ``mucs__forget_weight-0.5``; without the keys of scoring alone."""
+        return self._variant(self.method.unlearning_sections(self.config), scores_only=False)
+
+    def _variant(self, sections: tuple[str, ...], scores_only: bool = True) -> str:
+        values = {section: result_config(getattr(self.config, section), scores_only) for section in sections}
+        return variant_name(self.config.method.name, values, self.base)
 
     def stage(
         self,
@@ -149,6 +159,7 @@ class Context:
         inputs: Mapping[str, Any] | None = None,
         queries: Mapping[int, str] | None = None,
         may_grow: tuple[str, ...] = (),
+        scores_only: bool = True,
     ) -> "Stage":
         """The stage that fills ``folder``; when it begins, run.json is written first.
 
@@ -158,10 +169,11 @@ class Context:
             sections: whose result-affecting values are part of its identity.
             inputs: fingerprints of what it reads.
             queries, may_grow: see ``Stage``.
+            scores_only: whether keys that change scores only are part of its identity.
         """
         from mucs_cli.artifacts import Stage  # torch takes seconds to import; `mucs status` does without
 
-        config = {section: result_config(getattr(self.config, section)) for section in sections}
+        config = {section: result_config(getattr(self.config, section), scores_only) for section in sections}
         identity = {"config": config, "inputs": dict(inputs or {})}
         return Stage(folder, command, identity, self.config.overwrite, self.write_record, queries, may_grow)
 

@@ -9,26 +9,41 @@ import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import Stage, fingerprint, map_tensor, require_manifest, sha256_file, write_tensors
-from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of, choose_block_size
-from mucs_cli.config import NoiseBankConfig
+from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of, choose_block_size, independent_noise
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log, smaller_batch
+from mucs_cli.schemas import NoiseBankConfig
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import Inputs, machine_facts, save_machine_facts
+from mucs_cli.stages.work import Work
+
+BASE_MODEL = -1
+"""Stands for the base model where unlearned models are numbered by their queries."""
 
 
 class Engine:
-    """Losses of any models over all training images under one bank, in blocks of one size."""
+    """Losses of any models over all training images under one bank, in blocks of one size.
 
-    def __init__(self, context: Context, inputs: Inputs, bank: NoiseBank):
+    Args:
+        context, inputs: the command, and what it loaded.
+        bank: the draws.
+        noise_bank: their configuration: ``consistent=false`` gives every image and model noise of its own.
+        flip: the training images' mirror images instead.
+    """
+
+    def __init__(
+        self, context: Context, inputs: Inputs, bank: NoiseBank, noise_bank: NoiseBankConfig, flip: bool = False
+    ):
         self.context = context
         self.denoiser = inputs.model.denoiser
         self.data = inputs.data
         self.bank = bank.to(inputs.device)
         self.device = inputs.device
         self.conditional = self.denoiser.network.is_conditional
+        self.noise_bank = noise_bank
+        self.flip = flip
         self.block_size = self._block_size()
         self.evaluations = 0
         self.seconds = 0.0
@@ -44,13 +59,32 @@ class Engine:
         """Images and their own conditions, on the device."""
         ids = self.data.training[rows.numpy()]
         conditions = self.data.conditions(ids) if self.conditional else None
-        return self.data.images(ids).to(self.device), None if conditions is None else conditions.to(self.device)
+        image = self.data.images(ids)
+        image = (image.flip(3) if self.flip else image).to(self.device)
+        return image, None if conditions is None else conditions.to(self.device)
 
-    def losses(self, block: Block, models: Sequence[Mapping[str, Tensor]], progress: Progress) -> Tensor:
-        """[M, len(block), n]."""
+    def losses(
+        self, block: Block, models: Sequence[Mapping[str, Tensor]], progress: Progress, model_ids: Sequence[int]
+    ) -> Tensor:
+        """Losses of some models on a block, [M, len(block), n].
+
+        Args:
+            block: which training images.
+            models: the tensors in which each differs from the base model.
+            progress: is told of every forward pass.
+            model_ids: the query of each model, or ``BASE_MODEL``; names its noise where that is not consistent.
+        """
         image, condition = self.load(block.rows())
+        ids = self.data.training[block.rows().numpy()].tolist()
+
+        def own_noise(m: int, n: int) -> Tensor:
+            return independent_noise(self.noise_bank.seed, model_ids[m], ids, n, image)
+
+        noise = None if self.noise_bank.consistent else own_noise
         started = time.perf_counter()
-        losses = bank_losses(self.denoiser, image, condition, self.bank, models, lambda _: progress.advance(len(block)))
+        losses = bank_losses(
+            self.denoiser, image, condition, self.bank, models, lambda _: progress.advance(len(block)), noise
+        )
         self.seconds += time.perf_counter() - started
         self.evaluations += len(models) * len(block) * len(self.bank)
         return losses[:, : len(block)]
@@ -129,7 +163,7 @@ class BaseLosses(BlockWork):
         return len(block) * len(self.engine.bank)
 
     def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
-        loss = self.engine.losses(block, [{}], progress)[0]
+        loss = self.engine.losses(block, [{}], progress, [BASE_MODEL])[0]
         finite = loss.isfinite().all(dim=1)
         if not finite.all():
             data = self.engine.data
@@ -144,10 +178,14 @@ class BaseLosses(BlockWork):
         self.engine.shrink(error)
 
 
-def base_losses(context: Context, engine: Engine, model_print: str, bank_print: str) -> np.ndarray:
+def base_losses(work: Work, engine: Engine, bank_print: str) -> np.ndarray:
     """The base model's losses [N, n] under the bank: from ``score/_base/``, or computed into it."""
-    inputs = {"dataset": engine.data.fingerprint, "model": model_print, "noise_bank": bank_print}
-    folder = context.folder("score", "_base", fingerprint(inputs)[:16])
+    inputs = {"dataset": engine.data.fingerprint, "model": work.inputs.model.fingerprint, "noise_bank": bank_print}
+    if engine.flip:
+        inputs["images"] = "mirrored"
+    if not engine.noise_bank.consistent:
+        inputs["noise"] = f"of each image's own, seed {engine.noise_bank.seed}"
+    folder = work.context.folder("score", "_base", fingerprint(inputs)[:16])
     stage = Stage(folder, "score", {"config": {}, "inputs": inputs})
     path = folder / "losses.safetensors"
     if stage.is_done() and path.exists():

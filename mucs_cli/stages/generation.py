@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from mucs_cli.config import SampledQueriesConfig
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.sampler import sample
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder
 from mucs_cli.runtime import Progress, smaller_batch
+from mucs_cli.schemas import SampledQueriesConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import BaseModel, Inputs
 

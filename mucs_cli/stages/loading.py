@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_manifest, write_json
-from mucs_cli.config import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.decode import SUFFIXES
 from mucs_cli.data.image_folder import class_texts
@@ -21,6 +20,7 @@ from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.diffusion.pretrained import Pretrained, load_pretrained
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import log, pick_device
+from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import encode_dataset
 

@@ -3,8 +3,8 @@
 import importlib
 import time
 
-from mucs_cli.config import VARIANT_SECTIONS, PretrainedConfig
 from mucs_cli.runtime import log
+from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.show import print_top
 
@@ -21,7 +21,7 @@ def run(context: Context) -> None:
             continue
         importlib.import_module(f"mucs_cli.stages.{stage}").run(context.for_stage(stage))
     if "score" in context.config.stages:
-        print_top(context.run, context.variant(*VARIANT_SECTIONS), min(SHOWN, context.config.report.k))
+        print_top(context.run, context.score_variant(), min(SHOWN, context.config.report.k))
     for what, path in (
         ("report", context.folder("report", "index.html")),
         ("picture", context.folder("report", "top.png")),

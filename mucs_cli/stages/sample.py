@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
-from mucs_cli.config import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.errors import UserError
 from mucs_cli.rng import derive_seed
 from mucs_cli.runtime import log, log_file
+from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
 from mucs_cli.stages.loading import Inputs, load_inputs

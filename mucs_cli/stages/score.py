@@ -1,4 +1,4 @@
-"""``mucs score``: losses of the base and the unlearned models over all training images, and the scores."""
+"""``mucs score``: scores every training image for every query, by the method that the configuration names."""
 
 import csv
 import io
@@ -7,145 +7,130 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, as_tensor, fingerprint, read_tensors, write_text
+from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_text
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.attribution.skew import mean_skew
-from mucs_cli.config import VARIANT_SECTIONS
 from mucs_cli.data.images import ImageDataset
-from mucs_cli.errors import UserError
+from mucs_cli.reporting.group_files import write_groups
+from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import Progress, log, log_file
-from mucs_cli.stages import unlearn
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.engine import Engine, base_losses, prepare_bank
-from mucs_cli.stages.loading import load_inputs, load_queries
-from mucs_cli.stages.unlearned import UnlearnedModels
+from mucs_cli.stages.scorer import Scorer
+from mucs_cli.stages.work import Work
 
+SCORES = "scores.safetensors"
 TOP_ROWS = 100
 """Rows a query in top.csv; the whole ranking is in scores.safetensors."""
 
 
 def run(context: Context) -> None:
-    """Writes ``noise_bank/``, ``score/_base/<fingerprint>/`` and ``score/<variant>/``."""
-    config = context.config
-    inputs = load_inputs(context)
-    queries = load_queries(context, inputs.model)
-    unlearned = UnlearnedModels(context.folder("unlearn", context.variant(*unlearn.SECTIONS)))
-    unlearned.check(inputs.model.fingerprint, queries.wanted)
-    bank, bank_print = prepare_bank(context, config.noise_bank, inputs)
-    folder = context.folder("score", context.variant(*VARIANT_SECTIONS))
-    prints = {
-        "dataset": inputs.data.fingerprint,
-        "model": inputs.model.fingerprint,
-        "noise_bank": bank_print,
-        "unlearned_models": unlearned.fingerprints(queries.selected),
-    }
-    stage = context.stage(folder, "score", sections=VARIANT_SECTIONS, inputs=prints, queries=queries.wanted)
+    """Writes ``score/<variant>/``, and what the method keeps beside it for other variants (``score/_base/``, ...)."""
+    warn_of_unused_keys(context)
+    work = Work.load(context)
+    data = work.inputs.pixels
+    columns = {name: [cells[i] for i in data.training] for name, cells in data.metadata.items()}
+    groupings = choose_groupings(context.config.score.group_by, columns, "score.group_by")
+    group_k = choose_k(context.config.score.group_k, work.num_images, "score.group_k")
+    scorer = context.method.scorer(work)
+    folder = context.folder("score", context.score_variant())
+    stage = context.stage(
+        folder,
+        "score",
+        sections=context.method.sections,
+        inputs={"dataset": data.fingerprint, "model": work.inputs.model.fingerprint, **scorer.inputs},
+        queries=work.queries.wanted,
+    )
     if stage.is_done():
         log.info("score: up to date (%s)", folder)
-        return
-    stage.begin()
-    with log_file(folder / "log.txt"):
-        engine = Engine(context, inputs, bank)
-        base = base_losses(context, engine, inputs.model.fingerprint, bank_print)
-        work = Scores(engine, base, unlearned, queries.selected, finished_scores(stage))
-        fill_file(folder / "scores.safetensors", fingerprint(stage.identity, work.query_ids), work)
-        write_top(folder / "top.csv", read_tensors(folder / "scores.safetensors"), inputs.pixels)
-        stage.finish(
-            {
-                "device": str(inputs.device),
-                "seeds": {"noise_bank": config.noise_bank.seed},
-                "unlearn_variant": unlearned.folder.name,
-                "block_size": engine.block_size,
-                "threads": torch.get_num_threads(),
-                "evaluations_per_second": engine.throughput(),
-                "counts": {
-                    "queries": len(work.query_ids),
-                    "training_images": len(inputs.data.training),
-                    "draws": len(bank),
-                },
-            },
-            [folder / "scores.safetensors", folder / "top.csv"],
-        )
-        log.info("score: %d queries x %d training images in %s", len(work.new), engine.num_images, folder)
+    else:
+        stage.begin()
+        with log_file(folder / "log.txt"):
+            compute(stage, work, scorer)
+    found = read_tensors(folder / SCORES)
+    write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
+
+
+def compute(stage: Stage, work: Work, scorer: Scorer) -> None:
+    """Fills the stage's folder."""
+    scorer.prepare()
+    scores = Scores(work, scorer, finished_scores(stage))
+    fill_file(stage.folder / SCORES, fingerprint(stage.identity, scores.query_ids), scores)
+    write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels)
+    stage.finish(
+        {
+            "device": str(work.inputs.device),
+            **scorer.facts(),
+            "counts": {"queries": len(scores.query_ids), "training_images": work.num_images},
+        },
+        [stage.folder / SCORES, stage.folder / "top.csv"],
+    )
+    log.info("score: %d queries x %d training images in %s", len(scores.new), work.num_images, stage.folder)
+
+
+def warn_of_unused_keys(context: Context) -> None:
+    """A sweep over methods may hold keys of one of them only, so that this is no error."""
+    for key in context.typed:
+        section = key.partition(".")[0]
+        if section in ("unlearning", "noise_bank") and section not in context.method.sections:
+            log.warning("%s has no effect with method=%s", key, context.method.name)
 
 
 def finished_scores(stage: Stage) -> dict[int, Tensor]:
     """query -> its scores [N], of a finished stage that lacks some queries; empty without one."""
     if not stage.previous:
         return {}
-    name = "scores.safetensors"
-    tensors = read_tensors(stage.folder / name, stage.previous["outputs"][name]["sha256"])
+    tensors = read_tensors(stage.folder / SCORES, stage.previous["outputs"][SCORES]["sha256"])
     return dict(zip(tensors["query_id"].tolist(), tensors["score"], strict=True))
 
 
 class Scores(BlockWork):
-    """``scores.safetensors``: finished rows as they are, the others in passes of as many models as memory holds.
+    """``scores.safetensors``: finished rows as they are, the others as the scorer gives them.
 
     Args:
-        engine: computes the unlearned models' losses.
-        base: the base model's, [N, n].
-        unlearned: the unlearned models.
-        queries: ids that are wanted.
+        work: what to score.
+        scorer: the method's, prepared.
         finished: scores that are there already.
     """
 
     title = "score"
 
-    def __init__(
-        self,
-        engine: Engine,
-        base: np.ndarray,
-        unlearned: UnlearnedModels,
-        queries: Sequence[int],
-        finished: Mapping[int, Tensor],
-    ):
-        self.engine, self.base, self.unlearned, self.finished = engine, base, unlearned, finished
-        self.new = [query for query in queries if query not in finished]
-        self.query_ids = sorted({*queries, *finished})
+    def __init__(self, work: Work, scorer: Scorer, finished: Mapping[int, Tensor]):
+        self.work, self.scorer, self.finished = work, scorer, finished
+        self.unit = scorer.unit
+        self.new = [query for query in work.queries.selected if query not in finished]
+        self.query_ids = sorted({*work.queries.selected, *finished})
         self.row = {query: row for row, query in enumerate(self.query_ids)}
-        size = unlearned.per_pass(self.new, engine.context.config.score.memory_budget)
-        self.passes = [self.new[start : start + size] for start in range(0, len(self.new), size)]
+        self.passes = scorer.passes(self.new)
         self.tensors = {
-            "score": ("float32", (len(self.query_ids), engine.num_images)),
+            "score": ("float32", (len(self.query_ids), work.num_images)),
             "query_id": ("int64", (len(self.query_ids),)),
-            "example_id": ("int64", (engine.num_images,)),
+            "example_id": ("int64", (work.num_images,)),
         }
 
     def blocks(self) -> list[Block]:
-        return self.engine.blocks()
+        return self.scorer.blocks()
 
     def cost(self, block: Block, part: Sequence[int]) -> int:
-        return len(block) * len(part) * len(self.engine.bank)
+        return self.scorer.cost(block, part)
 
     def begin(self, arrays: Arrays) -> None:
         arrays["query_id"][:] = self.query_ids
-        arrays["example_id"][:] = self.engine.data.training
+        arrays["example_id"][:] = self.work.inputs.data.training
         for query, score in self.finished.items():
             arrays["score"][self.row[query]] = score.numpy()
 
     def load(self, part: Sequence[int]) -> Any:
-        return [self.unlearned.tensors(query, self.engine.device) for query in part]
+        return self.scorer.load(part)
 
     def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
-        base = as_tensor(self.base[block.start : block.stop])
-        losses = self.engine.losses(block, loaded, progress)
-        epsilon = self.engine.context.config.method.epsilon
-        for query, loss in zip(part, losses, strict=True):
-            score = mean_skew(base, loss, epsilon)
-            if not score.isfinite().all():
-                raise UserError(
-                    f"query {query}",
-                    "got scores that are not finite: its unlearned model has diverged. "
-                    "Lower unlearning.learning_rate and rerun mucs unlearn.",
-                )
-            arrays["score"][self.row[query], block.start : block.stop] = score.float().numpy()
+        scores = self.scorer.scores(part, loaded, block, progress)
+        for query, score in zip(part, scores, strict=True):
+            arrays["score"][self.row[query], block.start : block.stop] = score.float().cpu().numpy()
 
     def shrink(self, error: RuntimeError) -> None:
-        self.engine.shrink(error)
+        self.scorer.shrink(error)
 
 
 def write_top(path: Path, scores: Mapping[str, Tensor], data: ImageDataset) -> None:

@@ -11,16 +11,7 @@ from typing import Any
 import torch
 
 from mucs_cli.artifacts import read_tensors, write_tensors, write_text
-from mucs_cli.config import (
-    TRAIN_SECTIONS,
-    DiffusionConfig,
-    DiTConfig,
-    EDMConfig,
-    NetworkConfig,
-    PipelineConfig,
-    PretrainedConfig,
-    UNetConfig,
-)
+from mucs_cli.config import TRAIN_SECTIONS, PipelineConfig
 from mucs_cli.data.dataset import ImageDataset
 from mucs_cli.diffusion.checkpoint import PRECONDITIONINGS, precondition, save_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
@@ -29,6 +20,7 @@ from mucs_cli.diffusion.training import Trainer, TrainingSettings, learning_rate
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder, derive_seed, generator
 from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.schemas import DiffusionConfig, DiTConfig, EDMConfig, NetworkConfig, PretrainedConfig, UNetConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import load_data, prepare_device
 

@@ -23,7 +23,7 @@ LOAD = """
 import sys, time
 from pathlib import Path
 started = time.perf_counter()
-from mucs_cli.config import ImageFolderConfig
+from mucs_cli.schemas import ImageFolderConfig
 from mucs_cli.data.dataset import load_dataset
 import mucs_cli.data.image_folder
 imported = time.perf_counter()

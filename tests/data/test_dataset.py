@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mucs_cli.config import DigitsConfig, ImageFolderConfig
 from mucs_cli.data import image_folder, images, pictures
 from mucs_cli.data.dataset import ImageDataset, dataset_fingerprint, load_dataset
 from mucs_cli.data.decode import Reading
 from mucs_cli.errors import UserError
+from mucs_cli.schemas import DigitsConfig, ImageFolderConfig
 
 Crop = Callable[..., np.ndarray]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mucs_cli.config import ImageFolderConfig
 from mucs_cli.data.decode import Reading, crop_to_square, decode, parse_color, read_header
 from mucs_cli.errors import UserError
+from mucs_cli.schemas import ImageFolderConfig
 
 Crop = Callable[..., np.ndarray]
 WHITE = (255, 255, 255)

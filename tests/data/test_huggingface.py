@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from mucs_cli.composition import compose
-from mucs_cli.config import COMMANDS, HuggingFaceConfig, validate
+from mucs_cli.config import COMMANDS, validate
 from mucs_cli.data import huggingface
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.errors import UserError
+from mucs_cli.schemas import HuggingFaceConfig
 
 datasets = pytest.importorskip("datasets")
 
@@ -136,7 +137,7 @@ def test_a_later_load_and_a_moved_copy_open_nothing_and_do_not_import_the_librar
     code = f"""
 import sys
 from pathlib import Path
-from mucs_cli.config import HuggingFaceConfig
+from mucs_cli.schemas import HuggingFaceConfig
 from mucs_cli.data.dataset import load_dataset
 config = HuggingFaceConfig(seed=0, path={str(tmp_path / "moved")!r}, holdout=1)
 dataset = load_dataset(config, Path({str(tmp_path / "run")!r}))
@@ -268,7 +269,7 @@ def test_damaged_files_and_paths_that_lead_nowhere_are_refused(tmp_path: Path, t
 def test_a_name_that_the_hub_does_not_give_is_refused(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from mucs_cli.config import HuggingFaceConfig
+from mucs_cli.schemas import HuggingFaceConfig
 from mucs_cli.data.dataset import load_dataset
 load_dataset(HuggingFaceConfig(seed=0, path="nobody/nothing"), Path({str(tmp_path / "run")!r}))
 """

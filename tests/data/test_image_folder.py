@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mucs_cli.config import ImageFolderConfig
 from mucs_cli.data import images, pictures
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.decode import Reading
 from mucs_cli.errors import UserError
+from mucs_cli.schemas import ImageFolderConfig
 
 Crop = Callable[..., np.ndarray]
 

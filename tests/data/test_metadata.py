@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mucs_cli.config import ImageFolderConfig
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.labels import number_classes
 from mucs_cli.errors import UserError
+from mucs_cli.schemas import ImageFolderConfig
 
 Crop = Callable[..., np.ndarray]
 FILES = [f"china/deep/{i}.png" for i in (0, 2, 4)] + [f"flower/deep/{i}.png" for i in (1, 3, 5)]

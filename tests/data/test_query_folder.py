@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mucs_cli.config import DigitsConfig, ImageFolderConfig
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.errors import UserError
+from mucs_cli.schemas import DigitsConfig, ImageFolderConfig
 
 Crop = Callable[..., np.ndarray]
 

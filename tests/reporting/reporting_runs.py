@@ -11,7 +11,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from mucs_cli.artifacts import Stage, fingerprint, write_tensors, write_text
-from mucs_cli.config import DataConfig, DigitsConfig, PipelineConfig, ReportConfig, ShowConfig
+from mucs_cli.config import PipelineConfig, ShowConfig
+from mucs_cli.schemas import DataConfig, DigitsConfig, ReportConfig
 from mucs_cli.stages import report, show
 from mucs_cli.stages.context import Context
 

@@ -15,10 +15,10 @@ from PIL import Image
 from reporting_runs import RunBuilder, make_report
 
 from mucs_cli.artifacts import read_json, require_manifest
-from mucs_cli.config import DigitsConfig
 from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
 from mucs_cli.reporting.pictures import BLUE, HEADER, MARGIN, ROW, TILE
+from mucs_cli.schemas import DigitsConfig
 from mucs_cli.stages import report
 
 

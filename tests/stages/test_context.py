@@ -57,17 +57,17 @@ def test_device_and_overwrite_are_not_kept(tmp_path: Path) -> None:
 def test_a_variant_typed_on_the_first_command_is_no_part_of_the_run(tmp_path: Path) -> None:
     context = create(tmp_path, "run", *SMALL, "unlearning.forget_weight=0.5", "noise_bank.seed=9")
     finish(context, "train", TRAIN_SECTIONS)
-    assert context.variant("method", "unlearning") == "mucs__forget_weight-0.5"
-    assert context.variant("method", "unlearning", "noise_bank") == "mucs__forget_weight-0.5__noise_bank.seed-9"
+    assert context.unlearn_variant() == "mucs__forget_weight-0.5"
+    assert context.score_variant() == "mucs__forget_weight-0.5__noise_bank.seed-9"
     stored = read_json(tmp_path / "r" / "run.json")
     assert stored["config"]["unlearning"]["forget_weight"] == 0.2
     assert stored["config"]["unlearning"]["seed"] == "${seed}"
     assert stored["config"]["training"]["num_steps"] == 5
-    assert create(tmp_path, "unlearn", "run=r").variant("method", "unlearning") == "mucs"
+    assert create(tmp_path, "unlearn", "run=r").unlearn_variant() == "mucs"
 
 
 def test_a_value_equal_to_the_runs_own_names_no_variant(made: Path) -> None:
-    assert create(made, "unlearn", "run=r", "unlearning.forget_weight=0.2").variant("unlearning") == "mucs"
+    assert create(made, "unlearn", "run=r", "unlearning.forget_weight=0.2").unlearn_variant() == "mucs"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_redoing_a_stage_changes_what_the_run_is(made: Path) -> None:
     finish(context, "train", TRAIN_SECTIONS)
     later = create(made, "unlearn", "run=r")
     assert (later.config.training.num_steps, later.config.seed, later.config.unlearning.seed) == (6, 4, 4)
-    assert later.variant("unlearning") == "mucs"
+    assert later.unlearn_variant() == "mucs"
 
 
 def test_an_experiment_typed_later_sets_everything_but_what_is_finished(made: Path) -> None:

@@ -1,0 +1,96 @@
+"""Scores of methods that unlearn: every training image's losses under the unlearned and the base model, reduced."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mucs_cli.artifacts import as_tensor
+from mucs_cli.attribution.reducers import reduce
+from mucs_cli.attribution.scoring import Block
+from mucs_cli.errors import UserError
+from mucs_cli.runtime import Progress
+from mucs_cli.schemas import NoiseBankConfig
+from mucs_cli.stages.engine import Engine, base_losses, prepare_bank
+from mucs_cli.stages.scorer import Scorer
+from mucs_cli.stages.unlearned import UnlearnedModels
+from mucs_cli.stages.work import Work
+
+
+class LossComparison(Scorer):
+    """Base losses once a run, the unlearned models' in passes of as many as the memory budget holds.
+
+    Args:
+        work: what it works with.
+        noise_bank: the bank's configuration.
+        reducer, epsilon: see ``reduce``.
+        flip: score an image by the larger of its own score and its mirror image's.
+    Raises:
+        UserError: a query has no unlearned model, or one of another base model.
+    """
+
+    unit = "evaluations"
+
+    def __init__(self, work: Work, noise_bank: NoiseBankConfig, reducer: str, epsilon: float = 0.0, flip: bool = False):
+        super().__init__(work)
+        self.reducer, self.epsilon = reducer, epsilon
+        self.flips = (False, True) if flip else (False,)
+        self.noise_bank = noise_bank
+        self.unlearned = UnlearnedModels(work.context.folder("unlearn", work.context.unlearn_variant()))
+        self.unlearned.check(work.inputs.model.fingerprint, work.queries.wanted)
+        self.bank, bank_print = prepare_bank(work.context, noise_bank, work.inputs)
+        self.inputs = {
+            "noise_bank": bank_print,
+            "unlearned_models": self.unlearned.fingerprints(work.queries.selected),
+        }
+
+    def prepare(self) -> None:
+        self.engines = [
+            Engine(self.work.context, self.work.inputs, self.bank, self.noise_bank, flip) for flip in self.flips
+        ]
+        self.base = [base_losses(self.work, engine, self.inputs["noise_bank"]) for engine in self.engines]
+
+    def blocks(self) -> list[Block]:
+        return self.engines[0].blocks()
+
+    def passes(self, queries: Sequence[int]) -> list[Sequence[int]]:
+        size = self.unlearned.per_pass(queries, self.work.config.score.memory_budget)
+        return [queries[start : start + size] for start in range(0, len(queries), size)]
+
+    def cost(self, block: Block, queries: Sequence[int]) -> int:
+        return len(block) * len(queries) * len(self.bank) * len(self.engines)
+
+    def load(self, queries: Sequence[int]) -> list[Mapping[str, Tensor]]:
+        return [self.unlearned.tensors(query, self.work.inputs.device) for query in queries]
+
+    def scores(self, queries: Sequence[int], loaded: Any, block: Block, progress: Progress) -> Tensor:
+        found = []
+        for engine, base in zip(self.engines, self.base, strict=True):
+            base_block = as_tensor(base[block.start : block.stop])
+            losses = engine.losses(block, loaded, progress, queries)
+            found.append(torch.stack([reduce(self.reducer, base_block, loss, self.epsilon) for loss in losses]))
+        scores = torch.stack(found).amax(dim=0)
+        finite = scores.isfinite().all(dim=1)
+        if not finite.all():
+            query = queries[int((~finite).nonzero()[0])]
+            raise UserError(
+                f"query {query}",
+                "got scores that are not finite: its unlearned model has diverged. "
+                "Lower the learning rate and rerun mucs unlearn.",
+            )
+        return scores
+
+    def shrink(self, error: RuntimeError) -> None:
+        for engine in self.engines:
+            engine.shrink(error)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "seeds": {"noise_bank": self.noise_bank.seed},
+            "unlearn_variant": self.unlearned.folder.name,
+            "block_size": self.engines[0].block_size,
+            "threads": torch.get_num_threads(),
+            "evaluations_per_second": self.engines[0].throughput(),
+            "draws": len(self.bank),
+        }

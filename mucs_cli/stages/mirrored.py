@@ -1,0 +1,131 @@
+"""MUCS's unlearning in a run: the bound, the retain batches, and the engine's settings from the configuration."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from mucs_cli.artifacts import fingerprint
+from mucs_cli.attribution.null_loss import BATCH_SIZE, MAX_BATCHES, monte_carlo_null_loss
+from mucs_cli.attribution.unlearning import UnlearningResult, UnlearningSettings, unlearn
+from mucs_cli.attribution.unlearning_batch import InstanceWeight, RetainBatch, similarity_weight
+from mucs_cli.config import NULL_LOSSES, number_or_word
+from mucs_cli.errors import UserError
+from mucs_cli.rng import ShuffledOrder
+from mucs_cli.runtime import log
+from mucs_cli.stages.engine import prepare_bank
+from mucs_cli.stages.unlearner import Unlearner, choose_trainable
+from mucs_cli.stages.work import Work
+
+
+class MirroredUnlearner(Unlearner):
+    """Bounded mirrored gradient ascent, as ``unlearning`` configures it."""
+
+    learning_rate_key = "unlearning.learning_rate"
+
+    def __init__(self, work: Work):
+        config = work.config.unlearning
+        super().__init__(work, choose_trainable(work, config.trainable, config.patterns, config.num_blocks))
+        network = work.inputs.model.denoiser.network
+        self.choice = number_or_word(config.null_loss, "unlearning.null_loss", NULL_LOSSES)
+        if self.choice == "closed_form" and not network.zero_initialised_head:
+            raise UserError(
+                "unlearning.null_loss",
+                "got closed_form; this network's output does not start at zero, so that it has none. Use monte_carlo.",
+            )
+        self.noise_levels: Tensor | None = None
+        if config.schedule == "grid":
+            bank, _ = prepare_bank(work.context, work.config.noise_bank, work.inputs)
+            self.noise_levels = bank.sigma
+            self.inputs["noise_levels"] = fingerprint(bank.sigma)
+
+    def prepare(self) -> None:
+        super().prepare()
+        config = self.work.config.unlearning
+        bound, self.source = self.null_loss()
+        shown = "none" if bound is None else f"{bound:.4f}"
+        log.info("unlearn: bound (null loss) %s, %s; %d trainable tensors", shown, self.source, len(self.trainable))
+        log.debug("trainable: %s", ", ".join(self.trainable))
+        self.settings = UnlearningSettings(
+            null_loss=bound,
+            learning_rate=config.learning_rate or self.work.inputs.model.learning_rate / 10,
+            forget_weight=config.forget_weight,
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            forget_batch_size=config.forget_batch_size,
+            tolerance=config.tolerance,
+            max_steps=config.max_steps,
+            num_steps=config.num_steps,
+            micro_batch_size=config.micro_batch_size,
+            same_noise=config.same_noise,
+            horizontal_flip=config.horizontal_flip,
+            augmentation=config.augmentation,
+        )
+
+    def null_loss(self) -> tuple[float | None, str]:
+        """The bound, and its source: a number, the closed form of a zero head, Monte Carlo over the initial weights."""
+        if isinstance(self.choice, float):
+            return self.choice, "given"
+        if self.choice == "none":
+            return None, "none asked for"
+        model, data = self.work.inputs.model, self.work.inputs.data
+        if self.choice != "monte_carlo" and model.denoiser.network.zero_initialised_head:
+            return model.denoiser.null_loss(data.mean_square), "closed form of a zero output"
+        seed = self.work.config.unlearning.seed
+        fresh = model.fresh(seed)
+        fresh.network.requires_grad_(False).to(self.work.inputs.device)
+        conditional = fresh.network.is_conditional
+
+        def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
+            order = ShuffledOrder(len(data.training), seed, "null_loss_order")
+            count = min(MAX_BATCHES * BATCH_SIZE, len(data.training))
+            for start in range(0, count, BATCH_SIZE):
+                rows = order.batch(start // BATCH_SIZE, BATCH_SIZE)[: count - start]
+                ids = data.training[rows.numpy()]
+                yield data.images(ids), data.conditions(ids) if conditional else None
+
+        loss = monte_carlo_null_loss(fresh, batches(), seed, self.work.inputs.device)
+        return loss, "Monte Carlo over the model's initial weights"
+
+    def unlearn(self, query: int) -> UnlearningResult:
+        image, condition = self.query(query)
+        retain_batch = self.retain_batches(query)
+        return unlearn(
+            self.work.inputs.model.denoiser,
+            self.trainable,
+            image,
+            condition,
+            retain_batch,
+            self.settings,
+            self.work.config.unlearning.seed,
+            query,
+            noise_levels=self.noise_levels,
+            instance_weight=self.instance_weight(image, retain_batch),
+        )
+
+    def retain_batches(self, query: int) -> RetainBatch:
+        """Training images in an order of the query's own."""
+        config, data, device = self.work.config.unlearning, self.work.inputs.data, self.work.inputs.device
+        order = ShuffledOrder(len(data.training), config.seed, "retain_order", query)
+
+        def retain_batch(number: int) -> tuple[Tensor, Tensor | None]:
+            ids = data.training[order.batch(number, config.retain_batch_size).numpy()]
+            conditions = data.conditions(ids) if self.work.is_conditional else None
+            return data.images(ids).to(device), None if conditions is None else conditions.to(device)
+
+        return retain_batch
+
+    def instance_weight(self, image: Tensor, retain_batch: RetainBatch) -> InstanceWeight | None:
+        """Weights of the retain images by likeness to the query; None where all count the same."""
+        sharpness = self.work.config.unlearning.similarity_weight
+        if sharpness == 0:
+            return None
+        return lambda number: similarity_weight(retain_batch(number)[0], image, sharpness)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "seeds": {"unlearning": self.work.config.unlearning.seed},
+            "learning_rate": self.settings.learning_rate,
+            "null_loss": self.settings.null_loss,
+            "null_loss_source": self.source,
+        }

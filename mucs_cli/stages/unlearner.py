@@ -1,0 +1,95 @@
+"""What ``mucs unlearn`` asks of a method, and what all that unlearn have in common."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, trainable_names
+from mucs_cli.errors import UserError
+from mucs_cli.stages.work import Work
+
+
+class Unlearner(ABC):
+    """One unlearned model a query. Making one checks what the method needs, and is quick.
+
+    Attributes:
+        work: what it works with.
+        trainable: names of the parameters that may change.
+        inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
+        learning_rate_key: the configuration key of the learning rate, for errors.
+    """
+
+    learning_rate_key = "method.learning_rate"
+
+    def __init__(self, work: Work, trainable: list[str]):
+        self.work = work
+        self.trainable = trainable
+        self.inputs: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Whatever takes long and is shared by all queries. An override calls this first: it keeps the base weights."""
+        wanted = set(self.trainable)
+        network = self.work.inputs.model.denoiser.network
+        self._base = {name: p.detach().clone() for name, p in network.named_parameters() if name in wanted}
+
+    @abstractmethod
+    def unlearn(self, query: int) -> UnlearningResult:
+        """Unlearns a query in place of the base model's weights."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the manifest is to record."""
+
+    def result(self, query: int) -> UnlearningResult:
+        """``unlearn`` from the base model's weights.
+
+        Raises:
+            UserError: the losses have become infinite.
+        """
+        self.restore()
+        try:
+            return self.unlearn(query)
+        except NonFiniteLossError as error:
+            raise UserError(
+                self.learning_rate_key,
+                f"got a non-finite loss ({error.value}) at step {error.step} of query {query} "
+                f"with {self.facts()['learning_rate']:g}. Lower it; the queries before are kept.",
+            ) from error
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the base model's weights back."""
+        for name, parameter in self.work.inputs.model.denoiser.network.named_parameters():
+            if name in self._base:
+                parameter.copy_(self._base[name])
+
+    def query(self, query: int) -> tuple[Tensor, Tensor | None]:
+        """A query and its condition, on the device."""
+        device, condition = self.work.inputs.device, self.work.queries.condition_of(query)
+        return self.work.queries.image[query].to(device), None if condition is None else condition.to(device)
+
+
+def choose_trainable(
+    work: Work, preset: str, patterns: list[str], num_blocks: int | None, section: str = "unlearning"
+) -> list[str]:
+    """Names of the parameters that may change; "auto" is mlp for a DiT and all_but_bias for a U-Net.
+
+    Args:
+        section: the configuration section of ``trainable``, ``patterns`` and ``num_blocks``, for errors.
+    Raises:
+        UserError: nothing matches.
+    """
+    names = work.parameter_names()
+    if preset == "auto":
+        preset = "mlp" if any(name.startswith("transformer_blocks.") for name in names) else "all_but_bias"
+    try:
+        return trainable_names(names, preset, patterns, num_blocks)
+    except ValueError as error:
+        key, got = {"patterns": ("patterns", patterns), "last_blocks": ("num_blocks", num_blocks)}.get(
+            preset, ("trainable", preset)
+        )
+        raise UserError(
+            f"{section}.{key}", f"got {got}; {error} (its names are like {', '.join(names[:3])}). Choose another."
+        ) from error
