@@ -253,6 +253,11 @@ def test_metadata_reaches_the_ranking_the_report_and_the_groups(
     assert (first["group"], first["num_images"], first["share_of_top_k"]) == ("copyist", NUM_COPIES, 1.0)
     assert [(group["num_images"], group["share_of_top_k"]) for group in others] == [(NUM_CROPS // 2, 0.0)] * 2
     assert first["mean"] > max(group["max"] for group in others)
+    rows = list(csv.DictReader((variant(attributed) / "groups.csv").open()))
+    written = {(row["query"], row["column"], row["group"]): row for row in rows}
+    copyist = written["0", "artist", "copyist"]
+    assert float(copyist["mean"]) == pytest.approx(first["mean"])
+    assert float(copyist["share_of_top_k"]) == NUM_COPIES / 10  # of the ten highest, as nothing else was asked for
 
 
 def test_a_report_is_made_again_after_the_decoded_images_were_cleaned(attributed: Path, tmp_path: Path) -> None:
