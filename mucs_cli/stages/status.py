@@ -74,7 +74,10 @@ def entries_of(run: Path) -> Iterator[Entry]:
     yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
     yield entry_of(run, run / "sample", [])
     for folder in unlearned or [run / "unlearn"]:
-        yield entry_of(run, folder, [])
+        if folder.name.startswith("_"):  # what variants have in common, and can be computed again
+            yield from (entry_of(run, kept, [kept]) for kept in sorted(folder.glob("*/")))
+        else:
+            yield entry_of(run, folder, [])
     yield entry_of(run, run / "noise_bank", [])
     for folder in bases:
         yield entry_of(run, folder, [folder])
