@@ -168,5 +168,5 @@ def refuse_too_large(store: FeatureStore) -> None:
         raise UserError(
             "method.num_projections",
             f"got {store.k} dimensions for {store.num_images} training images, whose kernel takes {needed / 2**30:.1f} "
-            f"GiB; {free / 2**30:.1f} GiB are free. Set at most {max(1, int(side))}, or use a machine with more memory.",
+            f"GiB; {free / 2**30:.1f} GiB are free. Set at most {max(1, int(side))}, or find more memory.",
         )
