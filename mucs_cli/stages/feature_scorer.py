@@ -129,6 +129,9 @@ class DASScorer(KernelScorer):
 
     def __init__(self, store: FeatureStore):
         super().__init__(store, self.das_scores)
+        if store.normalise_each and "method.raw_output" in store.work.context.typed:
+            # eps_hat is affine in the network's output, so that their normalised gradients agree up to one sign
+            log.warning("method.raw_output has no effect with method.normalise=true")
         self.residual = torch.ones(store.num_images)
         self.num_clamped = 0
 
