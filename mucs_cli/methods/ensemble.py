@@ -29,9 +29,7 @@ class EnsembleConfig(MethodConfig):
         "images, at least 10",
         minimum=1,
     )
-    weights: list[float] | None = option(
-        None, "a number >= 0 for each of members, in their order; null: all the same"
-    )
+    weights: list[float] | None = option(None, "a number >= 0 for each of members, in their order; null: all the same")
 
 
 class Ensemble(Method):

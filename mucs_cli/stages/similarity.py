@@ -29,9 +29,7 @@ class PictureScorer(Scorer):
         compare: vectors of the queries [Q, d] and of a block [B, d] -> scores [Q, B], higher = more alike.
     """
 
-    def __init__(
-        self, work: Work, describe: Callable[[Tensor], Tensor], compare: Callable[[Tensor, Tensor], Tensor]
-    ):
+    def __init__(self, work: Work, describe: Callable[[Tensor], Tensor], compare: Callable[[Tensor, Tensor], Tensor]):
         super().__init__(work)
         self.describe, self.compare = describe, compare
 
