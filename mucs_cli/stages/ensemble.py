@@ -33,9 +33,6 @@ class EnsembleScorer(WholeRowScorer):
         files = ScoreFiles(work.context.run, "method.members")
         ensembles = [name for name in files.names if files.method_of(name) == "ensemble"]
         names = files.choose(self.config.members, but=ensembles)
-        own = work.context.score_variant()
-        if own in names:
-            raise UserError("method.members", f"got {own}, the ensemble itself. Leave it out.")
         if len(names) < 2:
             raise UserError(
                 "method.members",
@@ -113,8 +110,8 @@ class Means:
         self.count += ~matrix.isnan()
 
     def values(self) -> list[list[float | None]]:
-        """None where every query's entry was missing."""
+        """With nine digits; None where every query's entry was missing."""
         return [
-            [float(total / count) if count else None for total, count in zip(totals, counts, strict=True)]
+            [round(float(total / count), 9) if count else None for total, count in zip(totals, counts, strict=True)]
             for totals, counts in zip(self.total, self.count, strict=True)
         ]
