@@ -267,8 +267,9 @@ class NoiseBankConfig:
     num_draws: int = option(100, "draws (sigma, noise) an image", minimum=1)
     grid: str = option(
         "truncated",
-        "truncated: the release's first n of floor(n/0.7) levels; exact: linspace(0, 0.7, n); full: linspace(0, 1, n)",
-        choices=("truncated", "exact", "full"),
+        "truncated: the release's first n of floor(n/0.7) levels; exact: linspace(0, 0.7, n); full: linspace(0, 1, n); "
+        "even: evenly through the levels of training",
+        choices=("truncated", "exact", "full", "even"),
     )
     sigma_min: float = option(0.002, "lowest level of the untruncated grid", above=0)
     sigma_max: float = option(80.0, "highest level", above=0)
@@ -336,6 +337,11 @@ class ScoreConfig:
         None,
         "training images a forward pass, a multiple of 16; null: measured once and stored in the run",
         minimum=16,
+        affects_result=False,
+    )
+    keep_losses: bool = option(
+        False,
+        "keep every unlearned model's losses, so that variants that differ in scoring only need no forward pass",
         affects_result=False,
     )
     memory_budget: float = option(

@@ -68,6 +68,7 @@ def draw_noise_bank(
     rho: float = 7.0,
     seed: int = 0,
     nearest_sigma: Callable[[Tensor], Tensor] | None = None,
+    even_sigma: Callable[[int], Tensor] | None = None,
 ) -> NoiseBank:
     """Draws a bank on the CPU.
 
@@ -78,11 +79,17 @@ def draw_noise_bank(
         seed: the noise of grid index j comes from the stream ("noise", j), whatever n and the order are.
         nearest_sigma: the denoiser's own; maps the grid to levels the model can take, so that several draws may share
             one. None for a model that takes every level.
+        even_sigma: the denoiser's own; gives the levels of the grid ``even``, to which the other settings do not apply.
+    Raises:
+        ValueError: an unknown grid, or ``even`` without ``even_sigma``.
     """
-    sigma = karras_sigmas(grid_positions(num_draws, grid), sigma_min, sigma_max, rho)
-    if nearest_sigma is not None:
-        sigma = nearest_sigma(sigma)
-    sigma = sigma.float()
+    if grid == "even" and even_sigma is not None:
+        sigma = even_sigma(num_draws)
+    else:
+        sigma = karras_sigmas(grid_positions(num_draws, grid), sigma_min, sigma_max, rho)
+        if nearest_sigma is not None:
+            sigma = nearest_sigma(sigma)
+        sigma = sigma.float()
     order = spanning_order(num_draws)
     noise = torch.stack([torch.randn(image_shape, generator=generator(seed, "noise", j)) for j in order])
     return NoiseBank(sigma[order], noise)

@@ -1,7 +1,7 @@
 """The score engine at work in a run: losses of any models over all training images, block by block, kept on disk."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,7 @@ def prepare_bank(context: Context, config: NoiseBankConfig, inputs: Inputs) -> t
         rho=config.rho,
         seed=config.seed,
         nearest_sigma=inputs.model.denoiser.nearest_sigma,
+        even_sigma=inputs.model.denoiser.even_sigma,
     )
     bank_print = fingerprint(bank.sigma, bank.noise)
     path = context.folder("noise_bank", f"{bank_print[:16]}.safetensors")
@@ -146,14 +147,20 @@ def prepare_bank(context: Context, config: NoiseBankConfig, inputs: Inputs) -> t
     return bank, bank_print
 
 
-class BaseLosses(BlockWork):
-    """The base model's losses [N, n] under the engine's bank."""
+class ModelLosses(BlockWork):
+    """One model's losses [N, n] under the engine's bank.
 
-    title = "score: base model"
+    Args:
+        engine: computes them.
+        tensors: in which the model differs from the base model.
+        model_id: its query, or ``BASE_MODEL``.
+    """
+
     passes = ((0,),)
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, tensors: Mapping[str, Tensor], model_id: int):
+        self.engine, self.model, self.model_id = engine, tensors, model_id
+        self.title = "score: base model" if model_id == BASE_MODEL else f"score: query {model_id}"
         self.tensors = {"loss": ("float32", (engine.num_images, len(engine.bank)))}
 
     def blocks(self) -> list[Block]:
@@ -163,9 +170,9 @@ class BaseLosses(BlockWork):
         return len(block) * len(self.engine.bank)
 
     def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
-        loss = self.engine.losses(block, [{}], progress, [BASE_MODEL])[0]
+        loss = self.engine.losses(block, [self.model], progress, [self.model_id])[0]
         finite = loss.isfinite().all(dim=1)
-        if not finite.all():
+        if not finite.all() and self.model_id == BASE_MODEL:
             data = self.engine.data
             example = int(data.training[block.start + int((~finite).nonzero()[0])])
             raise UserError(
@@ -180,12 +187,40 @@ class BaseLosses(BlockWork):
 
 def base_losses(work: Work, engine: Engine, bank_print: str) -> np.ndarray:
     """The base model's losses [N, n] under the bank: from ``score/_base/``, or computed into it."""
+    found = stored_losses(work, engine, bank_print, BASE_MODEL, "", lambda: {})
+    assert found is not None
+    return found
+
+
+def stored_losses(
+    work: Work,
+    engine: Engine,
+    bank_print: str,
+    model_id: int,
+    unlearned_print: str,
+    load: Callable[[], Mapping[str, Tensor]] | None,
+) -> np.ndarray | None:
+    """A model's losses [N, n] under the bank: from ``score/_base/`` or ``score/_losses/``, or computed into it.
+
+    Args:
+        work: names dataset and base model.
+        engine: computes them.
+        bank_print: the bank's fingerprint.
+        model_id: a query, or ``BASE_MODEL``.
+        unlearned_print: fingerprint of the query's unlearned model.
+        load: gives the tensors in which it differs from the base model; None to compute nothing.
+    Returns:
+        None where they are not there and nothing is to be computed.
+    """
     inputs = {"dataset": engine.data.fingerprint, "model": work.inputs.model.fingerprint, "noise_bank": bank_print}
     if engine.flip:
         inputs["images"] = "mirrored"
     if not engine.noise_bank.consistent:
-        inputs["noise"] = f"of each image's own, seed {engine.noise_bank.seed}"
-    folder = work.context.folder("score", "_base", fingerprint(inputs)[:16])
+        inputs["noise"] = f"of each image's own, seed {engine.noise_bank.seed}, model {model_id}"
+    if model_id != BASE_MODEL:
+        inputs["unlearned_model"] = unlearned_print
+    where = "_base" if model_id == BASE_MODEL else "_losses"
+    folder = work.context.folder("score", where, fingerprint(inputs)[:16])
     stage = Stage(folder, "score", {"config": {}, "inputs": inputs})
     path = folder / "losses.safetensors"
     if stage.is_done() and path.exists():
@@ -193,8 +228,10 @@ def base_losses(work: Work, engine: Engine, bank_print: str) -> np.ndarray:
         if sha256_file(path) == recorded:
             return map_tensor(path, "loss")
         log.warning("%s is damaged; computing it again", path)
+    if load is None:
+        return None
     stage.begin()
-    fill_file(path, fingerprint(inputs), BaseLosses(engine))
+    fill_file(path, fingerprint(inputs), ModelLosses(engine, load(), model_id))
     counts = {"training_images": engine.num_images, "draws": len(engine.bank)}
     stage.finish({"counts": counts, "block_size": engine.block_size}, [path])
     return map_tensor(path, "loss")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from mucs_cli.attribution.scoring import Block
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
 from mucs_cli.schemas import NoiseBankConfig
-from mucs_cli.stages.engine import Engine, base_losses, prepare_bank
+from mucs_cli.stages.engine import Engine, base_losses, prepare_bank, stored_losses
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.unlearned import UnlearnedModels
 from mucs_cli.stages.work import Work
@@ -50,6 +51,24 @@ class LossComparison(Scorer):
             Engine(self.work.context, self.work.inputs, self.bank, self.noise_bank, flip) for flip in self.flips
         ]
         self.base = [base_losses(self.work, engine, self.inputs["noise_bank"]) for engine in self.engines]
+        self.kept = {query: kept for query in self.work.queries.selected if (kept := self._kept_losses(query))}
+
+    def _kept_losses(self, query: int) -> list[np.ndarray]:
+        """The losses of a query's unlearned model, one array an engine, kept by this variant or another; or nothing."""
+        device, keep = self.work.inputs.device, self.work.config.score.keep_losses
+        found = [
+            stored_losses(
+                self.work,
+                engine,
+                self.inputs["noise_bank"],
+                query,
+                self.inputs["unlearned_models"][query],
+                (lambda: self.unlearned.tensors(query, device)) if keep else None,
+            )
+            for engine in self.engines
+        ]
+        there = [losses for losses in found if losses is not None]
+        return there if len(there) == len(found) else []
 
     def blocks(self) -> list[Block]:
         return self.engines[0].blocks()
@@ -59,17 +78,22 @@ class LossComparison(Scorer):
         return [queries[start : start + size] for start in range(0, len(queries), size)]
 
     def cost(self, block: Block, queries: Sequence[int]) -> int:
-        return len(block) * len(queries) * len(self.bank) * len(self.engines)
+        new = [query for query in queries if query not in self.kept]
+        return len(block) * len(new) * len(self.bank) * len(self.engines)
 
-    def load(self, queries: Sequence[int]) -> list[Mapping[str, Tensor]]:
-        return [self.unlearned.tensors(query, self.work.inputs.device) for query in queries]
+    def load(self, queries: Sequence[int]) -> dict[int, Mapping[str, Tensor]]:
+        device = self.work.inputs.device
+        return {query: self.unlearned.tensors(query, device) for query in queries if query not in self.kept}
 
     def scores(self, queries: Sequence[int], loaded: Any, block: Block, progress: Progress) -> Tensor:
-        found = []
-        for engine, base in zip(self.engines, self.base, strict=True):
-            base_block = as_tensor(base[block.start : block.stop])
-            losses = engine.losses(block, loaded, progress, queries)
-            found.append(torch.stack([reduce(self.reducer, base_block, loss, self.epsilon) for loss in losses]))
+        found, rows = [], slice(block.start, block.stop)
+        for index, engine in enumerate(self.engines):
+            base = as_tensor(self.base[index][rows])
+            losses: dict[int, Tensor] = {}
+            if loaded:
+                losses |= zip(loaded, engine.losses(block, list(loaded.values()), progress, list(loaded)), strict=True)
+            losses |= {query: as_tensor(self.kept[query][index][rows]) for query in queries if query in self.kept}
+            found.append(torch.stack([reduce(self.reducer, base, losses[query], self.epsilon) for query in queries]))
         scores = torch.stack(found).amax(dim=0)
         finite = scores.isfinite().all(dim=1)
         if not finite.all():
