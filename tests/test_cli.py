@@ -112,6 +112,8 @@ def test_a_commands_help_lists_each_of_its_keys_with_its_meaning(
         ("train run=r unlearning.seed=1", "unlearning.seed: mucs train does not use it; give it to mucs unlearn."),
         ("unlearn run=r noise_bank.rho=1", "noise_bank.rho: mucs unlearn does not use it; give it to mucs score."),
         ("train run=r method=mucs", "method: mucs train does not use it; give it to mucs unlearn."),
+        ("train run=r evaluation.k=3", "evaluation.k: mucs train does not use it; give it to mucs evaluate."),
+        ("score run=r method.path=x", "method.path: got 'x'; only method=clip or method=dino has it. Add it."),
         ("show run=r experiment=digits", "experiment: mucs show does not use it; give it to mucs train."),
         ("train run=r hydra.nope=1", "hydra.nope: no such key. See mucs --hydra-help."),
         ("train run=r queries.num=0", "queries.num: mucs train does not use it; give it to mucs sample."),
@@ -328,6 +330,9 @@ def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(
         ("mucs run experiment=d", ["experiment=digits"]),
         ("mucs train training.decay=c", ["training.decay=constant", "training.decay=cosine"]),
         ("mucs show bottom=", ["bottom=true", "bottom=false"]),
+        ("mucs e", ["evaluate"]),
+        ("mucs evaluate evaluation=", ["evaluation=overlap"]),
+        ("mucs score run=r method=p", ["method=pixel"]),
         ("mucs nope run", []),
     ],
 )

@@ -83,6 +83,8 @@ def entries_of(run: Path) -> Iterator[Entry]:
         yield entry_of(run, folder, [folder])
     for folder in variants or [run / "score"]:
         yield entry_of(run, folder, [])
+    for folder in sorted((run / "evaluate").glob("*/")) or [run / "evaluate"]:
+        yield entry_of(run, folder, [])
     yield entry_of(run, run / "report", [])
 
 
