@@ -160,7 +160,8 @@ def predictions(masks: ArrayLike, scores: NDArray[np.floating]) -> Floats:
             continue
         centre = np.median(score)
         deviation = score - centre
-        unit = np.ldexp(1.0, int(np.frexp(np.abs(deviation).max())[1]) - bits)
+        exponent = int(np.frexp(np.abs(deviation).max())[1]) - bits
+        unit = np.ldexp(1.0, max(exponent, -1074))  # the smallest power of two that float64 has
         row[:] = -(member @ np.rint(deviation / unit) * unit + centre * member.sum(axis=1))
     return result
 
@@ -181,9 +182,9 @@ def spearman(first: ArrayLike, second: ArrayLike) -> Floats:
         raise ValueError(f"shapes {left.shape} and {right.shape}; expected two of [Q, M], Q >= 1, M >= 3")
     if not np.isfinite(right).all():
         raise ValueError("measured losses that are not finite")
-    usable = np.isfinite(left).all(axis=1)
-    centred = [rankdata(np.where(usable[:, None], rows, 0.0), axis=1) for rows in (left, right)]
-    x, y = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in centred)
+    usable = np.isfinite(left).all(axis=1, keepdims=True)
+    ranks = [rankdata(rows, axis=1) for rows in (np.where(usable, left, 0.0), right)]
+    x, y = (of_rows - of_rows.mean(axis=1, keepdims=True) for of_rows in ranks)
     return divide((x * y).sum(axis=1), np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
 
 

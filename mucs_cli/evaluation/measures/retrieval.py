@@ -43,7 +43,9 @@ def tie_groups(scores: ArrayLike, relevant: ArrayLike) -> TieGroups:
         raise ValueError(f"scores of shape {score.shape}, relevant of shape {is_relevant.shape}; expected [N], N >= 1")
     score[np.isnan(score)] = -np.inf
     _, group, size = np.unique(-score, return_inverse=True, return_counts=True)
-    return TieGroups(size.astype(np.float64), np.bincount(group, weights=is_relevant, minlength=len(size)))
+    return TieGroups(
+        size.astype(np.float64), np.bincount(group, weights=is_relevant, minlength=len(size)).astype(np.float64)
+    )
 
 
 def hits_at(groups: TieGroups, k: int) -> float:
@@ -192,23 +194,20 @@ def retrieval(
     num_examples = scores.shape[1]
     has_any = np.flatnonzero(relevant.any(axis=1))
     pairs = [(scores[query], relevant[query]) for query in has_any]
-    columns = (
-        np.array([precision_at(*pair, k) for pair in pairs]),
-        np.array([recall_at(*pair, k) for pair in pairs]),
-        np.array([average_precision(*pair) for pair in pairs]),
-    )
     state = generator.get_state()
-    estimates = []
-    for column in columns:
+
+    def over_queries(column: list[float]) -> Estimate:
         generator.set_state(state)
-        estimates.append(
-            bootstrap(weighted_mean(column), np.arange(len(column)), generator, num_resamples, confidence)
-        )
+        queries = np.arange(len(column))
+        return bootstrap(weighted_mean(np.array(column)), queries, generator, num_resamples, confidence)
+
     num_relevant = [int(relevant[query].sum()) for query in has_any]
     by_chance = [random_average_precision(num_examples, count) for count in num_relevant]
     return Retrieval(
         k,
-        *estimates,
+        precision=over_queries([precision_at(*pair, k) for pair in pairs]),
+        recall=over_queries([recall_at(*pair, k) for pair in pairs]),
+        average_precision=over_queries([average_precision(*pair) for pair in pairs]),
         random_precision=mean([count / num_examples for count in num_relevant]),
         random_recall=k / num_examples if num_relevant else None,
         random_average_precision=mean(by_chance),

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+Alternative = Literal["less", "two-sided"]
 Statistic = Callable[[Floats], Floats]
 """Counts [R, P] -> values [R]; NaN where the statistic is not defined for such counts."""
 
@@ -210,7 +211,7 @@ def hit_rate(method: ArrayLike, random: ArrayLike, margin: float = HIT_MARGIN) -
     return float(np.mean(lower < upper - margin * np.abs(upper))) if len(lower) else None
 
 
-def mann_whitney(method: ArrayLike, random: ArrayLike, alternative: Literal["less", "two-sided"]) -> float | None:
+def mann_whitney(method: ArrayLike, random: ArrayLike, alternative: Alternative) -> float | None:
     """p-value of the rank-sum test that ``method`` tends to be lower (targets), or only different (controls).
 
     Exact for up to 8 values in one of the samples without ties, and for small samples with ties by going through all
@@ -230,7 +231,7 @@ def mann_whitney(method: ArrayLike, random: ArrayLike, alternative: Literal["les
     return number(stats.mannwhitneyu(lower, upper, alternative=alternative, method=how).pvalue)
 
 
-def wilcoxon(method: ArrayLike, random: ArrayLike, alternative: Literal["less", "two-sided"]) -> float | None:
+def wilcoxon(method: ArrayLike, random: ArrayLike, alternative: Alternative) -> float | None:
     """p-value of the signed-rank test of the differences method - random, picture by picture.
 
     Differences of 0 say nothing and are left out (Wilcoxon's own rule); where all are 0 the p-value is 1. Exact for up
