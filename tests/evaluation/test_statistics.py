@@ -132,6 +132,14 @@ def test_wilcoxon_is_the_share_of_sign_flips_with_as_low_a_rank_sum_of_the_gains
     assert wilcoxon(difference, base, "less") == pytest.approx(expected, abs=1e-12)
 
 
+def test_pairs_without_a_difference_leave_the_signed_rank_test_exact():
+    difference = draws(16).normal(-0.3, 1, 20)
+    with_zeros = np.concatenate([difference, np.zeros(5)])
+    exact = stats.wilcoxon(difference, alternative="less", method="exact").pvalue
+    assert wilcoxon(with_zeros, np.zeros(25), "less") == exact
+    assert exact != pytest.approx(stats.wilcoxon(difference, alternative="less", method="asymptotic").pvalue, rel=1e-3)
+
+
 def test_pairing_finds_a_small_effect_that_unpaired_samples_hide():
     random = draws(9).normal(size=30)
     method = random - 0.05 * draws(10).random(30)
