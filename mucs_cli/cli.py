@@ -201,7 +201,11 @@ def recorded_kinds(command: str, typed: "list[Override]") -> list[str]:
         return []
     try:
         config = json.loads((Path(str(given["run"].value())).expanduser() / "run.json").read_text())["config"]
-        kinds = {section: config[section]["name"] for section in SECTION_SCHEMAS if section not in given}
+        kinds = {
+            section: config[section]["name"]
+            for section in SECTION_SCHEMAS
+            if section not in given and section in config
+        }
     except (OSError, ValueError, KeyError, TypeError):  # the command itself says what is wrong with the file
         return []
     return [f"{section}={kind}" for section, kind in kinds.items() if kind in SECTION_SCHEMAS[section]]

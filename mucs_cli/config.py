@@ -11,6 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.methods import METHODS
 from mucs_cli.schemas import (
     DataConfig,
@@ -19,6 +20,7 @@ from mucs_cli.schemas import (
     DigitsConfig,
     DiTConfig,
     EDMConfig,
+    EvaluationConfig,
     FolderQueriesConfig,
     HuggingFaceConfig,
     ImageFolderConfig,
@@ -61,6 +63,7 @@ class PipelineConfig(RootConfig):
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
@@ -108,18 +111,19 @@ COMMANDS: dict[str, Command] = {
     "sample": Command(
         "generate the queries, or read them", PipelineConfig, ("sampler", "queries"), ("sampler", "queries")
     ),
-    "unlearn": Command("one unlearned model a query", PipelineConfig, ("method", "unlearning")),
+    "unlearn": Command("one unlearned model a query", PipelineConfig, ("method", "unlearning", "noise_bank")),
     "score": Command(
         "score every training image for every query",
         PipelineConfig,
         ("method", "unlearning", "noise_bank", "score"),
     ),
+    "evaluate": Command("judge and compare the scores of several variants", PipelineConfig, ("evaluation",)),
     "report": Command("write the HTML report", PipelineConfig, ("report",)),
     "show": Command("print a query's top training images", ShowConfig),
     "run": Command(
         "run the stages in order, skipping what is up to date",
         RunCommandConfig,
-        (*TRAIN_SECTIONS, "sampler", "queries", "method", "unlearning", "noise_bank", "score", "report"),
+        (*TRAIN_SECTIONS, "sampler", "queries", "method", "unlearning", "noise_bank", "score", "evaluation", "report"),
     ),
     "status": Command("what a run holds, its sizes, and what can be cleaned", StatusConfig),
 }
@@ -136,6 +140,7 @@ SECTION_SCHEMAS: dict[str, dict[str, type]] = {
     "diffusion": {"edm": EDMConfig, "vp": VPConfig, "ddpm": DDPMConfig},
     "queries": {"sampled": SampledQueriesConfig, "folder": FolderQueriesConfig},
     "method": {name: method.schema for name, method in METHODS.items()},
+    "evaluation": {name: evaluation.schema for name, evaluation in EVALUATIONS.items()},
 }
 """Sections whose schema depends on their ``name``."""
 
@@ -253,6 +258,7 @@ def type_name(entry: Field[Any]) -> str:
     for name, said in (
         ("list[int]", "a list of integers"),
         ("list[str]", "a list of strings"),
+        ("list[float]", "a list of numbers"),
         ("int", "an integer"),
         ("float", "a number"),
         ("str", "a string"),
@@ -317,7 +323,7 @@ def check_across(config: Any) -> None:
     if isinstance(config, RunCommandConfig):
         for stage in config.stages:
             if stage not in COMMANDS or stage in ("run", "show", "status"):
-                raise UserError("stages", f"got {stage!r}; expected train, sample, unlearn, score or report.")
+                raise UserError("stages", f"got {stage!r}; expected train, sample, unlearn, score, evaluate or report.")
 
 
 def number_or_word(value: str, key: str, words: tuple[str, ...]) -> float | str:

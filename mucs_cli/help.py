@@ -23,6 +23,10 @@ EXAMPLES = {
         "mucs score run=outputs/digits",
         "mucs score -m run=outputs/digits unlearning.forget_weight=0.1,0.2,0.5",
     ],
+    "evaluate": [
+        "mucs evaluate run=outputs/digits",
+        "mucs evaluate run=outputs/digits evaluation.variants=[mucs,pixel] evaluation.k=20",
+    ],
     "report": ["mucs report run=outputs/digits", "mucs report run=outputs/digits report.k=20"],
     "show": ["mucs show run=outputs/digits query=3 k=5", "mucs show run=outputs/digits query=3 --bottom"],
     "run": ["mucs run experiment=digits", "mucs run experiment=digits run=outputs/quick data.limit=200"],

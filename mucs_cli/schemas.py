@@ -362,6 +362,14 @@ class ScoreConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    name: str = option(MISSING, "evaluation; set by evaluation=")
+    variants: list[str] | None = option(
+        None, "finished variants, folder names below score/, for example [mucs,pixel]; null: all"
+    )
+
+
+@dataclass
 class ReportConfig:
     k: int = option(10, "top training images shown for each query", minimum=1)
     exclude_exact: bool = option(False, "leave exact copies of the query out of the ranking")

@@ -40,7 +40,7 @@ def test_every_choice_composes_for_every_command(command: str, group: str, optio
     cfg = compose(command, ["run=somewhere", f"{group}={option}"])
     required = [
         f"{section}.path=somewhere"
-        for section in ("data", "model", "queries")
+        for section in ("data", "model", "queries", "method")
         if OmegaConf.is_missing(cfg[section], "path")
     ]
     cfg = compose(command, ["run=somewhere", f"{group}={option}", *required])
@@ -99,7 +99,7 @@ def test_every_later_default_derives_from_the_one_seed() -> None:
         for name in sections_of(RunCommandConfig)
         if hasattr(getattr(config, name), "seed")
     }
-    assert set(seeds) == {"data", "training", "queries", "noise_bank", "unlearning"}
+    assert set(seeds) == {"data", "training", "queries", "noise_bank", "unlearning", "evaluation"}
     assert set(seeds.values()) == {7}
 
 
@@ -118,7 +118,7 @@ def test_every_later_default_derives_from_the_one_seed() -> None:
         (["diffusion.sigma_data=wide"], "diffusion.sigma_data: got 'wide'; expected a positive number or one of auto."),
         (["unlearning.trainable=patterns"], "unlearning.patterns: got [] with unlearning.trainable=patterns"),
         (["data=image_folder"], "data.path: is not set; expected folder of"),
-        (["stages=[train,fly]"], "stages: got 'fly'; expected train, sample, unlearn, score or report."),
+        (["stages=[train,fly]"], "stages: got 'fly'; expected train, sample, unlearn, score, evaluate or report."),
         (["training.num_steps=${nope}"], "training.num_steps: cannot be resolved: Interpolation key 'nope' not found."),
         (["+extra=1"], "extra: no such key."),
         (["+training.num_step=1"], "training.num_step: no such key. Did you mean 'num_steps'?"),

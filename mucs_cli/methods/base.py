@@ -34,6 +34,14 @@ class Method(ABC):
             UserError: the model, the data or the run lack what the method needs. Nothing long has started by then.
         """
 
+    def label(self, config: Any) -> str:
+        """What the names of its variants begin with; more than its own name where a key that is no value tells apart.
+
+        Args:
+            config: the whole configuration.
+        """
+        return self.name
+
     def unlearning_sections(self, config: Any) -> tuple[str, ...]:
         """The sections that decide its unlearned models; empty for a method that does not unlearn.
 

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 PER_COMMAND = ("run", "device", "overwrite", "stages")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
-PATHS = ("data.path", "data.text_encoder", "model.path", "queries.path", "queries.condition_file")
+PATHS = ("data.path", "data.text_encoder", "model.path", "queries.path", "queries.condition_file", "method.path")
 """Keys that name a file or folder, relative to where the command is typed; some may also name one on a hub."""
+MAY_BE_NAMES = ("data.text_encoder", "queries.condition_file", "method.path")
 
 MAX_VARIANT_NAME = 100
 
@@ -112,6 +113,7 @@ class Context:
         own = from_record(record, composed)
         if own["method"]["name"] != values["method"]["name"]:  # a method's variants are named against its own defaults
             own["method"] = as_values(compose(command, [f"method={config.method.name}"]), cwd)["method"]
+            own["method"] = filled(own["method"], values["method"])
         base = validate(OmegaConf.create(own), schema)
         owned = [section for stage in stages for section in COMMANDS[stage].owns]
         if "train" in stages:
@@ -149,7 +151,7 @@ class Context:
 
     def _variant(self, sections: tuple[str, ...], scores_only: bool = True) -> str:
         values = {section: result_config(getattr(self.config, section), scores_only) for section in sections}
-        return variant_name(self.config.method.name, values, self.base)
+        return variant_name(self.method.label(self.config), values, self.base)
 
     def stage(
         self,
@@ -212,9 +214,14 @@ def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:
             continue
         path = absolute(str(text), cwd)
         may_be_a_name = key == "data.path" and cfg.data.name != "image_folder"
-        if path.exists() or not (may_be_a_name or key in ("data.text_encoder", "queries.condition_file")):
+        if path.exists() or not (may_be_a_name or key in MAY_BE_NAMES):
             set_value(values, key, str(path))
     return values
+
+
+def filled(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, and where they lack one that has no default, the given one."""
+    return {key: given.get(key, value) if value == "???" else value for key, value in values.items()}
 
 
 def without_index(values: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +270,7 @@ def base_values(command: str, composed: dict[str, Any], overrides: list[str], cw
         if "." not in override.key_or_group or override.key_or_group.split(".")[0] not in VARIANT_SECTIONS
     ]
     source = composed if len(kept) == len(parse(overrides)) else as_values(compose(command, kept), cwd)
-    values = composed | {section: source[section] for section in VARIANT_SECTIONS}
+    values = composed | {section: filled(source[section], composed[section]) for section in VARIANT_SECTIONS}
     return without_index({key: value for key, value in values.items() if key not in PER_COMMAND})
 
 
@@ -346,8 +353,8 @@ def check_writable(run: Path) -> None:
 # --- variants --------------------------------------------------------------------------------------------------------
 
 
-def variant_name(method: str, values: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]]) -> str:
-    """``<method>__<key>-<value>__...``: what differs from the run's own values, sorted by key; a valid file name.
+def variant_name(label: str, values: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]]) -> str:
+    """``<label>__<key>-<value>__...``: what differs from the run's own values, sorted by key; a valid file name.
 
     A key that two of the variant sections share is written with its section (``noise_bank.seed``); a name of more than
     100 characters is cut and ends in a hash.
@@ -358,7 +365,7 @@ def variant_name(method: str, values: Mapping[str, Mapping[str, Any]], base: Map
         for key, value in keys.items():
             if (section, key) != ("method", "name") and value != base[section][key]:
                 parts.append(f"{section}.{key}-{spell(value)}" if shared.count(key) > 1 else f"{key}-{spell(value)}")
-    name = "__".join([method, *sorted(parts)])
+    name = "__".join([label, *sorted(parts)])
     if len(name) > MAX_VARIANT_NAME:
         name = f"{name[: MAX_VARIANT_NAME - 12]}__{short_hash(name)}"
     return name

@@ -239,11 +239,13 @@ def refuse_other_conditions(other: Pretrained, data: ImageDataset, path: Path) -
 class Queries:
     """All queries of the run, and which of them this command works on.
 
-    image: [Q, C, H, W] in the model's space. condition: [Q] labels, [Q, d] vectors or None; query i is row i.
+    image: [Q, C, H, W] in the model's space. picture: [Q, C, H, W] in [-1, 1], the same where that is no latent space.
+    condition: [Q] labels, [Q, d] vectors or None; query i is row i.
     fingerprints: of every query, by id. selected: ids, sorted, as ``queries.index`` chooses them.
     """
 
     image: Tensor
+    picture: Tensor
     condition: Tensor | None
     fingerprints: Mapping[int, str]
     selected: list[int]
@@ -278,7 +280,8 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
     tensors = read_tensors(folder / "samples.safetensors", sha256)
     fingerprints = {int(query): print_ for query, print_ in manifest["queries"].items()}
     selected = chosen_queries(context.config.queries.index, len(fingerprints))
-    return Queries(tensors["image"], tensors.get("condition"), fingerprints, selected)
+    image = tensors["image"]
+    return Queries(image, tensors.get("picture", image), tensors.get("condition"), fingerprints, selected)
 
 
 def chosen_queries(index: Any, count: int) -> list[int]:

@@ -58,13 +58,14 @@ def compute(stage: Stage, work: Work, scorer: Scorer) -> None:
     scores = Scores(work, scorer, finished_scores(stage))
     fill_file(stage.folder / SCORES, fingerprint(stage.identity, scores.query_ids), scores)
     write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels)
+    others = scorer.write_files(stage.folder, scores.query_ids)
     stage.finish(
         {
             "device": str(work.inputs.device),
             **scorer.facts(),
             "counts": {"queries": len(scores.query_ids), "training_images": work.num_images},
         },
-        [stage.folder / SCORES, stage.folder / "top.csv"],
+        [stage.folder / SCORES, stage.folder / "top.csv", *others],
     )
     log.info("score: %d queries x %d training images in %s", len(scores.new), work.num_images, stage.folder)
 

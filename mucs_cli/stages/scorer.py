@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -61,6 +62,14 @@ class Scorer(ABC):
     def shrink(self, error: RuntimeError) -> None:
         """Makes the blocks smaller after running out of memory; any other error is raised again."""
         raise error
+
+    def write_files(self, folder: Path, query_ids: Sequence[int]) -> list[Path]:
+        """Writes what belongs beside the scores, into ``folder``; returns the paths.
+
+        Args:
+            query_ids: all queries of the score file, those of earlier commands included.
+        """
+        return []
 
     def facts(self) -> dict[str, Any]:
         """What the manifest is to record."""

@@ -1,0 +1,33 @@
+"""What ``mucs evaluate`` asks of an evaluation: its inputs, its results, and how they look as a table."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from mucs_cli.reporting.tables import Table
+from mucs_cli.stages.context import Context
+
+
+class Evaluator(ABC):
+    """One evaluation of one run. Making one checks what it needs, and is quick.
+
+    Attributes:
+        context: the command.
+        inputs: fingerprints of what the results depend on beyond the configuration; name -> JSON value other than an
+            object. Where one has changed, the evaluation is done again.
+    """
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.inputs: dict[str, Any] = {}
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """The results, JSON values; what takes long is kept below the run's folder and goes on where it stopped."""
+
+    @abstractmethod
+    def table(self, results: dict[str, Any]) -> Table:
+        """The results, as ``evaluate`` gave them, for the reader."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest is to record."""
+        return {}

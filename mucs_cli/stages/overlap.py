@@ -1,0 +1,123 @@
+"""Overlap of top images: of queries under one variant, and of variants on one query, beside that of random sets."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from mucs_cli.attribution.overlap import CONFIDENCE, Ids, Overlap, common_ids, id_overlap
+from mucs_cli.attribution.ranks import top
+from mucs_cli.errors import UserError
+from mucs_cli.reporting.groups import choose_k
+from mucs_cli.reporting.tables import Estimate, Table
+from mucs_cli.rng import generator
+from mucs_cli.stages.context import Context
+from mucs_cli.stages.evaluator import Evaluator
+from mucs_cli.stages.finished import SCORES, FinishedScores, ScoreFiles
+from mucs_cli.stages.loading import chosen_queries
+
+
+class OverlapEvaluator(Evaluator):
+    """Overlaps of the ``k`` highest scores of every query that ``queries.index`` chooses.
+
+    A query whose scores are all the same has no top, and is left out and counted.
+
+    Raises:
+        UserError: no scores have finished, or a variant or ``k`` cannot be used, or a variant lacks a chosen query.
+    """
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self.config = context.config.evaluation
+        files = ScoreFiles(context.run, "evaluation.variants")
+        names = files.choose(self.config.variants)
+        if not names:
+            raise UserError(
+                "evaluation.variants", f"got none; no scores have finished. Run mucs score run={context.run} first."
+            )
+        self.num_images = files.num_images
+        self.k = choose_k(self.config.k, self.num_images, "evaluation.k")
+        self.variants = [files.read(name) for name in names]
+        index = context.config.queries.index
+        self.chosen = None if index is None else chosen_queries(index, len(files.queries))
+        for variant in self.variants:
+            variant.require(self.chosen or (), "evaluation.variants")
+        self.inputs = {
+            "dataset": files.dataset,
+            "model": files.model,
+            "variants": names,
+            "queries": "all" if self.chosen is None else self.chosen,
+            **{f"scores of {v.name}": v.manifest["outputs"][SCORES]["sha256"] for v in self.variants},
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        tops = {variant.name: self._tops(variant) for variant in self.variants}
+        return {
+            "k": self.k,
+            "num_images": self.num_images,
+            "num_resamples": self.config.num_resamples,
+            "confidence": CONFIDENCE,
+            "seed": self.config.seed,
+            "across_queries": [self._within(name, tops[name]) for name in tops],
+            "same_query": [self._between(pair, tops) for pair in itertools.combinations(tops, 2)],
+        }
+
+    def _tops(self, variant: FinishedScores) -> dict[int, Ids | None]:
+        """Query -> example ids of its highest scores; None where all are the same."""
+        found: dict[int, Ids | None] = {}
+        for query in variant.query_ids if self.chosen is None else self.chosen:
+            row = variant.row(query)
+            found[query] = variant.example_ids[top(row, self.k)] if row.max() > row.min() else None
+        return found
+
+    def _within(self, name: str, tops: dict[int, Ids | None]) -> dict[str, Any]:
+        sets = [ids for ids in tops.values() if ids is not None]
+        found = common_ids(sets, *self._settings()) if len(sets) > 1 else None
+        return {
+            "variant": name,
+            "num_queries": len(sets),
+            "num_constant_queries": len(tops) - len(sets),
+            **self._numbers(found),
+        }
+
+    def _between(self, pair: Sequence[str], tops: dict[str, dict[int, Ids | None]]) -> dict[str, Any]:
+        first, second = (tops[name] for name in pair)
+        sets = [
+            (ids, other) for query, ids in first.items() if ids is not None and (other := second.get(query)) is not None
+        ]
+        found = id_overlap([a for a, _ in sets], [b for _, b in sets], *self._settings()) if sets else None
+        return {"variants": list(pair), "num_queries": len(sets), **self._numbers(found)}
+
+    def _settings(self) -> tuple[Any, ...]:
+        # one stream for all: every variant is judged on the same resamples of the queries
+        return self.num_images, generator(self.config.seed, "overlap_resamples"), self.config.num_resamples
+
+    def _numbers(self, found: Overlap | None) -> dict[str, Any]:
+        if found is None:
+            return {"overlap": None, "low": None, "high": None, "expected": self.k / self.num_images}
+        return {"overlap": found.mean, "low": found.low, "high": found.high, "expected": found.expected}
+
+    def table(self, results: dict[str, Any]) -> Table:
+        rows = [("across queries", entry["variant"], "", entry) for entry in results["across_queries"]]
+        rows += [("same query", *entry["variants"], entry) for entry in results["same_query"]]
+        return Table(
+            f"overlap of the {results['k']} highest of {results['num_images']} scores, "
+            f"{results['confidence']:.0%} interval over queries; expected: of random sets",
+            ("comparison", "variant", "other_variant", "queries", "overlap", "expected"),
+            [
+                (
+                    comparison,
+                    variant,
+                    other,
+                    entry["num_queries"],
+                    Estimate(entry["overlap"], entry["low"], entry["high"]),
+                    entry["expected"],
+                )
+                for comparison, variant, other, entry in rows
+            ],
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "seeds": {"overlap_resamples": self.config.seed},
+            "counts": {"variants": len(self.variants), "queries": len({q for v in self.variants for q in v.query_ids})},
+        }

@@ -1,0 +1,62 @@
+"""What the tests of methods share: sizes of the runs in conftest.py, and commands and files of a run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits, load_sample_images
+
+from mucs_cli.cli import main
+
+NUM_IMAGES, NUM_QUERIES = 90, 3
+"""Of the run of digits, ``finished``."""
+NUM_PICTURES, SIDE = 40, 16
+"""Of the run of pictures in a folder, ``planted``."""
+PLANTED = (7, 22)
+"""Training images of the folder of which the two queries are exact copies."""
+
+
+def mucs(*arguments: str) -> None:
+    assert main(list(arguments)) == 0
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a wrong command ends with."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mucs: error: ")]
+    return line
+
+
+def scores_of(run: Path, variant: str) -> np.ndarray:
+    """[Q, N], of a run without held-out images."""
+    tensors = load_file(run / "score" / variant / "scores.safetensors")
+    assert tensors["example_id"].tolist() == list(range(tensors["score"].shape[1]))
+    return tensors["score"].numpy()
+
+
+def queries_of(run: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in load_file(run / "sample" / "samples.safetensors").items()}
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """When each file was written; logs grow with every command."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
+def digits() -> np.ndarray:
+    """The training pictures of ``finished`` from their source, [N, 64] in [-1, 1]."""
+    return load_digits().images[:NUM_IMAGES].reshape(NUM_IMAGES, -1) / 8 - 1
+
+
+def cut_photographs(folder: Path) -> list[Path]:
+    """Colour squares of two photographs as PNG, in a folder a class; sorted, and so in the order of their ids."""
+    for number, picture in enumerate(load_sample_images().images):
+        for i in range(NUM_PICTURES // 2):
+            top, left = 40 + 17 * i, 25 + 29 * i
+            path = folder / ("temple", "flower")[number] / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture[top : top + SIDE, left : left + SIDE]).save(path)
+    return sorted(folder.glob("*/*.png"))
