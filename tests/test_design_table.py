@@ -113,7 +113,7 @@ def test_markdown_has_the_same_rows_under_a_line_that_says_what_the_numbers_are(
     module.main([f"run={run}", *STUDY, "--k", "5"])
     title, _, heading, _, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("2 queries, 60 training images; ")
-    assert "random sets overlap by 0.083" in title
+    assert "(of the 5 highest; of random sets 0.083)" in title
     labels = load_digits().target[:60]
     assert f"by chance {np.mean([(labels == query).mean() for query in range(2)]):.3f}" in title
     assert heading.startswith("| choice | updates | bound reached |")

@@ -44,7 +44,7 @@ choice unlearning.horizontal_flip=true
 choice unlearning.augmentation=0.12
 choice unlearning.same_noise=true
 choice unlearning.schedule=grid
-choice unlearning.forget_weight=0.05,0.1,0.5,1
+choice unlearning.forget_weight=0.1,0.5,1
 choice unlearning.similarity_weight=2,-2
 
 # unlearning: the bound and when to stop

@@ -158,8 +158,8 @@ def design_table(results: RunResults, default: Variant, k: int) -> Table:
     count = len(default.example_ids)
     title = (
         f"{len(default.query_ids)} queries, {count} training images; updates: median; query loss: mean after "
-        f"unlearning; top overlap (of the {k} highest) and Spearman: mean, with the default; random sets overlap by "
-        f"{k / count:.3f}"
+        f"unlearning; top overlap (of the {k} highest; of random sets {k / count:.3f}) and Spearman (of queries whose "
+        "scores are not all equal): mean, with the default"
     )
     if labels.known:
         chance = fmean(labels.agreement(query, default.example_ids.tolist()) for query in default.query_ids)
