@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command] = {
     "sample": Command(
         "generate the queries, or read them", PipelineConfig, ("sampler", "queries"), ("sampler", "queries")
     ),
-    "unlearn": Command("one unlearned model a query", PipelineConfig, ("method", "unlearning")),
+    "unlearn": Command("one unlearned model a query", PipelineConfig, ("method", "unlearning", "noise_bank")),
     "score": Command(
         "score every training image for every query",
         PipelineConfig,

@@ -110,7 +110,7 @@ def test_a_commands_help_lists_each_of_its_keys_with_its_meaning(
         ("train run=r -cd", "-cd: got no value;"),
         ("train run=r -cd nowhere", "-cd: got nowhere; expected an existing folder"),
         ("train run=r unlearning.seed=1", "unlearning.seed: mucs train does not use it; give it to mucs unlearn."),
-        ("unlearn run=r noise_bank.rho=1", "noise_bank.rho: mucs unlearn does not use it; give it to mucs score."),
+        ("sample run=r noise_bank.rho=1", "noise_bank.rho: mucs sample does not use it; give it to mucs unlearn."),
         ("train run=r method=mucs", "method: mucs train does not use it; give it to mucs unlearn."),
         ("train run=r evaluation.k=3", "evaluation.k: mucs train does not use it; give it to mucs evaluate."),
         ("score run=r method.path=x", "method.path: got 'x'; only method=clip or method=dino has it. Add it."),

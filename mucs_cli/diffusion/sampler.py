@@ -3,11 +3,16 @@
 Karras et al., arXiv 2206.00364, equation 5 and algorithm 1; Song et al., arXiv 2010.02502, equation 12 with eta = 0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import Denoiser
+
+OnStep = Callable[[Tensor, Tensor], None]
+"""Told at every step: its noise level, [1], infinity included, and the predicted images, [B, C, H, W]."""
 
 
 def karras_sigmas(position: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
@@ -30,13 +35,14 @@ def sample(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Images from ``noise`` by the sampler that fits the model: ``sample_ddim`` for ddpm, else ``sample_heun``.
 
     The Karras grid is cut to the noise levels the model was made for; DDIM takes the schedule's own levels, so that
     sigma_min, sigma_max and rho have no effect there. Arguments, return value and errors as in ``sample_heun``.
     """
-    guided = {"null_condition": null_condition, "guidance": guidance, "num_steps": num_steps}
+    guided = {"null_condition": null_condition, "guidance": guidance, "num_steps": num_steps, "on_step": on_step}
     if isinstance(denoiser, DDPMDenoiser):
         return sample_ddim(denoiser, noise, condition, **guided)  # type: ignore[arg-type]
     low, high = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
@@ -55,6 +61,7 @@ def sample_heun(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Solves the probability-flow equation from ``noise`` by Heun's second-order method, without added noise.
 
@@ -66,6 +73,7 @@ def sample_heun(
         guidance: classifier-free guidance weight (arXiv 2207.12598); 1 for none.
         num_steps: noise levels, >= 1; costs 2 num_steps - 1 evaluations (twice that with guidance).
         sigma_min, sigma_max, rho: the Karras grid.
+        on_step: told of every step's level and of D there, guidance included; what it is given is for inference only.
     Returns:
         Images in about [-1, 1]; [B, C, H, W], not clipped.
     Raises:
@@ -85,7 +93,10 @@ def sample_heun(
     x = noise * levels[0]
     for i in range(num_steps):
         sigma = levels[i : i + 1]
-        slope = (x - denoised(x, sigma)) / sigma
+        image = denoised(x, sigma)
+        if on_step is not None:
+            on_step(sigma, image)
+        slope = (x - image) / sigma
         if i + 1 == num_steps:
             return x - sigma * slope
         step = levels[i + 1] - levels[i]
@@ -105,6 +116,7 @@ def sample_ddim(
     null_condition: Tensor | None = None,
     guidance: float = 1.0,
     num_steps: int = 32,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Follows the schedule from its last level to its first without added noise, then takes the predicted image.
 
@@ -116,6 +128,7 @@ def sample_ddim(
         noise: unit-variance starting noise; [B, C, H, W].
         condition, null_condition, guidance: as in ``sample_heun``.
         num_steps: evenly spaced timesteps, both ends included, >= 1; at most all of the schedule are taken.
+        on_step: as in ``sample_heun``; the predicted images are those after clipping.
     Returns:
         Images in about [-1, 1]; [B, C, H, W].
     Raises:
@@ -134,6 +147,8 @@ def sample_ddim(
             predicted = torch.lerp(null_predicted, predicted, guidance)
         if denoiser.clip_sample_range is not None:
             image = image.clamp(-denoiser.clip_sample_range, denoiser.clip_sample_range)
+        if on_step is not None:
+            on_step(denoiser.levels[2, timesteps[i : i + 1].cpu()].to(z), image)
         if i + 1 == len(timesteps):
             return image
         a, b = denoiser.scales(timesteps[i + 1 : i + 2], z)

@@ -51,7 +51,7 @@ class PlainAscent(Ascent):
 
     def __init__(self, work: Work):
         config = work.config.method
-        super().__init__(work, choose_trainable(work, config.trainable, config.patterns, config.num_blocks, "method"))
+        super().__init__(work, chosen_parameters(work))
         self.settings = UnlearningSettings(
             null_loss=None,
             learning_rate=config.learning_rate or work.inputs.model.learning_rate / 10,
@@ -71,12 +71,7 @@ class NaturalAscent(Ascent):
 
     def __init__(self, work: Work):
         config = work.config.method
-        if config.trainable == "key_value":
-            trainable = [name for name in work.parameter_names() if name.endswith(KEY_VALUE)]
-            trainable = trainable or choose_trainable(work, "auto", [], None, "method")
-        else:
-            trainable = choose_trainable(work, config.trainable, config.patterns, config.num_blocks, "method")
-        super().__init__(work, trainable)
+        super().__init__(work, chosen_parameters(work))
         self.settings = UnlearningSettings(
             null_loss=None,
             learning_rate=config.eta / work.num_images,
@@ -109,6 +104,32 @@ class NaturalAscent(Ascent):
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "inverse_fisher": fingerprint(*(self._inverse[name] for name in self.trainable))}
+
+
+def chosen_parameters(work: Work) -> list[str]:
+    """Names of the parameters that ``method.trainable`` and the keys beside it choose.
+
+    Raises:
+        UserError: ``patterns`` or ``num_blocks`` do not go with ``trainable``, or nothing matches.
+    """
+    config = work.config.method
+    for key, preset, given in (
+        ("patterns", "patterns", bool(config.patterns)),
+        ("num_blocks", "last_blocks", config.num_blocks is not None),
+    ):
+        if (config.trainable == preset) != given:
+            raise UserError(
+                f"method.{key}",
+                f"got {getattr(config, key)} with method.trainable={config.trainable}; expected {key} exactly when "
+                f"trainable={preset}. Set both or neither.",
+            )
+    preset = config.trainable
+    if preset == "key_value":
+        names = [name for name in work.parameter_names() if name.endswith(KEY_VALUE)]
+        if names:
+            return names
+        preset = "auto"
+    return choose_trainable(work, preset, config.patterns, config.num_blocks, "method")
 
 
 def without_query(name: str, factors: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import time
 
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, write_tensors
+from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, sha256_file, write_tensors
 from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log, smaller_batch
@@ -34,7 +34,9 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
     stage = Stage(folder, "unlearn", {"config": config, "inputs": inputs})
     path, state = folder / "fisher.safetensors", folder / "state.safetensors"
     if stage.is_done() and path.exists():
-        return read_tensors(path, require_manifest(folder, "unlearn")["outputs"][path.name]["sha256"])
+        if sha256_file(path) == require_manifest(folder, "unlearn")["outputs"][path.name]["sha256"]:
+            return read_tensors(path)
+        log.warning("%s is damaged; computing it again", path)
     stage.begin()
     fisher = DiagonalFisher(model.denoiser, names, seed, flip)
     if state.exists():

@@ -67,16 +67,19 @@ def run(context: Context) -> None:
 
 def entries_of(run: Path) -> Iterator[Entry]:
     """The stages of a run, in the order in which they are made."""
-    bases = sorted((run / "score" / "_base").glob("*/"))
-    variants = [path for path in sorted((run / "score").glob("*/")) if path.name != "_base"]
+    shared = sorted((run / "score").glob("_*/*/"))  # what variants have in common, and can be computed again
+    variants = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
     unlearned = sorted((run / "unlearn").glob("*/"))
     yield entry_of(run, run / "data", [run / "data" / "images.safetensors"])
     yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
     yield entry_of(run, run / "sample", [])
     for folder in unlearned or [run / "unlearn"]:
-        yield entry_of(run, folder, [])
+        if folder.name.startswith("_"):  # what variants have in common, and can be computed again
+            yield from (entry_of(run, kept, [kept]) for kept in sorted(folder.glob("*/")))
+        else:
+            yield entry_of(run, folder, [])
     yield entry_of(run, run / "noise_bank", [])
-    for folder in bases:
+    for folder in shared:
         yield entry_of(run, folder, [folder])
     for folder in variants or [run / "score"]:
         yield entry_of(run, folder, [])

@@ -78,7 +78,8 @@ def run(context: Context) -> None:
 def describe(result: UnlearningResult) -> str:
     end = {True: "bound reached", False: "bound NOT reached", None: "exact step count"}[result.reached_bound]
     last = f", forget loss {result.log[-1].forget_loss:.3f}" if result.log else ""
-    return f"{result.num_steps} steps, {end}{last}"
+    probe = f", query loss {result.base_query_loss:.3f} to {result.query_loss:.3f}"
+    return f"{result.num_steps} steps, {end}{last}{probe}"
 
 
 def append_log(path: Path, query: int, result: UnlearningResult) -> None:

@@ -58,9 +58,13 @@ class UnlearnedModels:
         return {query: self._output(query)["sha256"] for query in queries}
 
     def tensors(self, query: int, device: torch.device) -> dict[str, Tensor]:
-        """The tensors in which a query's unlearned model differs from the base model."""
+        """The tensors in which a query's unlearned model differs from the base model.
+
+        Copies: as they lie in the file they are not aligned, for which matrix kernels may round otherwise than for the
+        base model's, so that equal weights would give unequal losses.
+        """
         loaded = read_tensors(query_file(self.folder, query), self._output(query)["sha256"])
-        return {name: tensor.to(device) for name, tensor in loaded.items()}
+        return {name: tensor.to(device, copy=True) for name, tensor in loaded.items()}
 
     def per_pass(self, queries: Sequence[int], budget: float) -> int:
         """How many of the models fit into ``budget`` GiB, at least one."""
