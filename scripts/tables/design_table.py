@@ -97,11 +97,12 @@ class Labels:
 
     def __init__(self, results: RunResults):
         column, condition = results.data["label_column"], results.samples.get("condition")
-        self.known = column is not None and condition is not None and condition.ndim == 1
-        if self.known:
+        self.known = False
+        if column is not None and condition is not None and condition.ndim == 1:
             number = {name: index for index, name in enumerate(results.data["class_names"])}
             self.of_images = np.array([number[row[column]] for row in results.index])
             self.of_queries = condition.numpy()
+            self.known = True
 
     def agreement(self, query: int, example_ids: Sequence[int]) -> float:
         """The share of the images that are of the query's class."""
