@@ -259,6 +259,8 @@ class Stage:
                 self.previous = {}
                 return False
             key, ours, theirs = difference
+            if key.startswith("inputs."):  # fingerprints: the beginning tells them apart
+                ours, theirs = str(ours)[:16], str(theirs)[:16]
             raise UserError(
                 key.removeprefix("config."),
                 f"got {ours!r}; {path} has {theirs!r}. Use another run=, or overwrite=true to redo this stage.",

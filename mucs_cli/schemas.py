@@ -345,7 +345,10 @@ class ScoreConfig:
         affects_result=False,
     )
     memory_budget: float = option(
-        4.0, "GiB for unlearned weights that share a pass over the data", above=0, affects_result=False
+        4.0,
+        "GiB for what shares a pass over the data: unlearned weights, or gradients of training images",
+        above=0,
+        affects_result=False,
     )
     group_by: list[str] | None = option(
         None,

@@ -35,6 +35,7 @@ class Ascent(Unlearner):
             self.settings,
             self.work.config.method.seed,
             query,
+            self.on_step,
             preconditioner=self.preconditioner(),
         )
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import BlockFile
+from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, require_manifest, sha256_file
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.runtime import Progress
+from mucs_cli.runtime import Progress, log
 
 Arrays = dict[str, np.memmap]
 
@@ -80,3 +80,46 @@ def fill_file(path: Path, identity: str, work: BlockWork) -> None:
             return
         except RuntimeError as error:
             work.shrink(error)
+
+
+# --- what several variants share -------------------------------------------------------------------------------------
+
+
+def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.ndarray | None:
+    """A tensor that ``kept_tensor`` left, memory-mapped; None where it is not there, or is damaged.
+
+    Args:
+        path: its file, in a folder of its own.
+        name: of the tensor.
+        inputs: all that it depends on; JSON values.
+    """
+    if not (shared_stage(path, inputs).is_done() and path.exists()):
+        return None
+    if sha256_file(path) == require_manifest(path.parent, "score")["outputs"][path.name]["sha256"]:
+        return map_tensor(path, name)
+    log.warning("%s is damaged; computing it again", path)
+    return None
+
+
+def kept_tensor(
+    path: Path, name: str, inputs: Mapping[str, Any], work: BlockWork, facts: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """A tensor over all training images, memory-mapped: as it was left, or computed and left for other variants.
+
+    Args:
+        path, name, inputs: as in ``find_kept``.
+        work: what computes it.
+        facts: what else its manifest is to record.
+    """
+    found = find_kept(path, name, inputs)
+    if found is not None:
+        return found
+    stage = shared_stage(path, inputs)
+    stage.begin()
+    fill_file(path, fingerprint(inputs), work)
+    stage.finish({"counts": {"training_images": work.tensors[name][1][0]}, **(facts or {})}, [path])
+    return map_tensor(path, name)
+
+
+def shared_stage(path: Path, inputs: Mapping[str, Any]) -> Stage:
+    return Stage(path.parent, "score", {"config": {}, "inputs": dict(inputs)})

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, as_tensor, fingerprint, map_tensor, require_manifest, sha256_file
+from mucs_cli.artifacts import as_tensor, fingerprint
 from mucs_cli.attribution.encoders import ImageEncoder
 from mucs_cli.attribution.scoring import GRANULE, Block, blocks_of
 from mucs_cli.attribution.similarity import cosine
 from mucs_cli.errors import UserError
-from mucs_cli.runtime import Progress, log
-from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
+from mucs_cli.runtime import Progress
+from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.work import Work
 
@@ -60,18 +60,9 @@ class Embeddings(BlockWork):
 def training_embeddings(work: Work, encoder: ImageEncoder) -> np.ndarray:
     """The training images' embeddings [N, d]: from ``score/_embeddings/``, or computed into it."""
     inputs = {"dataset": work.inputs.pixels.fingerprint, "encoder": encoder.fingerprint}
-    folder = work.context.folder("score", "_embeddings", fingerprint(inputs)[:16])
-    stage = Stage(folder, "score", {"config": {}, "inputs": inputs})
-    path = folder / EMBEDDINGS
-    if stage.is_done() and path.exists():
-        if sha256_file(path) == require_manifest(folder, "score")["outputs"][path.name]["sha256"]:
-            return map_tensor(path, "embedding")
-        log.warning("%s is damaged; computing it again", path)
-    stage.begin()
-    fill_file(path, fingerprint(inputs), Embeddings(work, encoder))
-    counts = {"training_images": work.num_images, "dimensions": encoder.embedding_dim}
-    stage.finish({"encoder": encoder.path, "device": str(encoder.device), "counts": counts}, [path])
-    return map_tensor(path, "embedding")
+    path = work.context.folder("score", "_embeddings", fingerprint(inputs)[:16], EMBEDDINGS)
+    facts = {"encoder": encoder.path, "device": str(encoder.device)}
+    return kept_tensor(path, "embedding", inputs, Embeddings(work, encoder), facts)
 
 
 class EmbeddingScorer(Scorer):

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, map_tensor, require_manifest, sha256_file, write_tensors
+from mucs_cli.artifacts import fingerprint, write_tensors
 from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of, choose_block_size, independent_noise
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log, smaller_batch
 from mucs_cli.schemas import NoiseBankConfig
-from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
+from mucs_cli.stages.blocks import Arrays, BlockWork, find_kept, kept_tensor
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import Inputs, machine_facts, save_machine_facts
 from mucs_cli.stages.work import Work
@@ -152,14 +152,14 @@ class ModelLosses(BlockWork):
 
     Args:
         engine: computes them.
-        tensors: in which the model differs from the base model.
+        tensors: gives those in which the model differs from the base model.
         model_id: its query, or ``BASE_MODEL``.
     """
 
     passes = ((0,),)
 
-    def __init__(self, engine: Engine, tensors: Mapping[str, Tensor], model_id: int):
-        self.engine, self.model, self.model_id = engine, tensors, model_id
+    def __init__(self, engine: Engine, tensors: Callable[[], Mapping[str, Tensor]], model_id: int):
+        self.engine, self.tensors_of_model, self.model_id = engine, tensors, model_id
         self.title = "score: base model" if model_id == BASE_MODEL else f"score: query {model_id}"
         self.tensors = {"loss": ("float32", (engine.num_images, len(engine.bank)))}
 
@@ -169,8 +169,11 @@ class ModelLosses(BlockWork):
     def cost(self, block: Block, part: Sequence[int]) -> int:
         return len(block) * len(self.engine.bank)
 
+    def load(self, part: Sequence[int]) -> Mapping[str, Tensor]:
+        return self.tensors_of_model()
+
     def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
-        loss = self.engine.losses(block, [self.model], progress, [self.model_id])[0]
+        loss = self.engine.losses(block, [loaded], progress, [self.model_id])[0]
         finite = loss.isfinite().all(dim=1)
         if not finite.all() and self.model_id == BASE_MODEL:
             data = self.engine.data
@@ -220,18 +223,7 @@ def stored_losses(
     if model_id != BASE_MODEL:
         inputs["unlearned_model"] = unlearned_print
     where = "_base" if model_id == BASE_MODEL else "_losses"
-    folder = work.context.folder("score", where, fingerprint(inputs)[:16])
-    stage = Stage(folder, "score", {"config": {}, "inputs": inputs})
-    path = folder / "losses.safetensors"
-    if stage.is_done() and path.exists():
-        recorded = require_manifest(folder, "score")["outputs"][path.name]["sha256"]
-        if sha256_file(path) == recorded:
-            return map_tensor(path, "loss")
-        log.warning("%s is damaged; computing it again", path)
+    path = work.context.folder("score", where, fingerprint(inputs)[:16], "losses.safetensors")
     if load is None:
-        return None
-    stage.begin()
-    fill_file(path, fingerprint(inputs), ModelLosses(engine, load(), model_id))
-    counts = {"training_images": engine.num_images, "draws": len(engine.bank)}
-    stage.finish({"counts": counts, "block_size": engine.block_size}, [path])
-    return map_tensor(path, "loss")
+        return find_kept(path, "loss", inputs)
+    return kept_tensor(path, "loss", inputs, ModelLosses(engine, load, model_id), {"draws": len(engine.bank)})

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import (
-    Stage,
     fingerprint,
-    map_tensor,
     read_json,
     read_tensors,
-    require_manifest,
     sha256_file,
     write_json,
     write_tensors,
@@ -30,7 +27,7 @@ from mucs_cli.attribution.scoring import Block, blocks_of, fitted_block_size
 from mucs_cli.errors import UserError
 from mucs_cli.methods.gradient_base import GradientConfig
 from mucs_cli.runtime import Progress, log, smaller_batch
-from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
+from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
 from mucs_cli.stages.feature_settings import (
     choose_block_size,
     chosen_parameters,
@@ -134,12 +131,13 @@ class FeatureStore:
 
     def training(self) -> np.ndarray:
         """Features of all training images, [N, k], memory-mapped; computed unless they are there."""
-        return kept(self.folder, "feature", self.identity, TrainingFeatures(self))
+        path = self.folder / "features.safetensors"
+        return kept_tensor(path, "feature", self.identity, TrainingFeatures(self))
 
     def errors(self) -> np.ndarray:
         """mean (eps_hat - noise)^2 of all training images under every draw, [N, num_draws]; likewise."""
         folder = self.work.context.folder("score", "_noise_errors", fingerprint(self.draws)[:16])
-        return kept(folder, "error", self.draws, NoiseErrors(self))
+        return kept_tensor(folder / "errors.safetensors", "error", self.draws, NoiseErrors(self))
 
     def shrink(self, error: RuntimeError) -> None:
         """A smaller block after running out of memory; any other error is raised again."""
@@ -297,25 +295,3 @@ class NoiseErrors(BlockWork):
 
     def shrink(self, error: RuntimeError) -> None:
         self.size = smaller_batch(error, self.size, "score.batch_size")
-
-
-def kept(folder: Path, name: str, inputs: dict[str, Any], work: BlockWork) -> np.ndarray:
-    """A tensor over all training images from ``<folder>/<name>s.safetensors``, computed into it unless it is there.
-
-    Args:
-        folder: a stage of its own.
-        name: of the tensor.
-        inputs: all that it depends on; JSON values.
-        work: what computes it.
-    """
-    stage = Stage(folder, "score", {"config": {}, "inputs": inputs})
-    path = folder / f"{name}s.safetensors"
-    if stage.is_done() and path.exists():
-        if sha256_file(path) == require_manifest(folder, "score")["outputs"][path.name]["sha256"]:
-            return map_tensor(path, name)
-        log.warning("%s is damaged; computing it again", path)
-    stage.begin()
-    fill_file(path, fingerprint(inputs), work)
-    shape = work.tensors[name][1]
-    stage.finish({"counts": {"training_images": shape[0], "columns": shape[1]}}, [path])
-    return map_tensor(path, name)

@@ -99,6 +99,7 @@ class MirroredUnlearner(Unlearner):
             self.settings,
             self.work.config.unlearning.seed,
             query,
+            self.on_step,
             noise_levels=self.noise_levels,
             instance_weight=self.instance_weight(image, retain_batch),
         )

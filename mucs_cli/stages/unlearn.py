@@ -45,6 +45,9 @@ def run(context: Context) -> None:
         keep_log_of(folder / "log.jsonl", set(results))
         todo = [query for query in queries.selected if query not in results]
         with Progress("unlearn", len(queries.selected), "queries", len(queries.selected) - len(todo)) as progress:
+            unlearner.on_step = lambda step: progress.advance(
+                0, f"step {step.step}, forget loss {step.forget_loss:.3f}"
+            )
             for query in todo:
                 started = time.monotonic()
                 result = unlearner.result(query)
@@ -57,9 +60,11 @@ def run(context: Context) -> None:
                 log.info("unlearn: query %d, %s", query, describe(result))
                 if result.reached_bound is False:
                     log.warning(
-                        "query %d did not reach its bound in unlearning.max_steps=%d updates; it is kept as it is",
+                        "query %d did not reach its bound in unlearning.max_steps=%d updates; it is kept as it is. "
+                        "Raise unlearning.learning_rate (%g now) or unlearning.max_steps",
                         query,
                         result.num_steps,
+                        unlearner.facts()["learning_rate"],
                     )
         # what an interrupted attempt with another queries.index has done counts as well
         stage.queries = {query: queries.fingerprints[query] for query in results}

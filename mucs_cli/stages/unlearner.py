@@ -1,12 +1,18 @@
 """What ``mucs unlearn`` asks of a method, and what all that unlearn have in common."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, trainable_names
+from mucs_cli.attribution.unlearning import (
+    NonFiniteLossError,
+    UnlearningResult,
+    UnlearningStep,
+    trainable_names,
+)
 from mucs_cli.errors import UserError
 from mucs_cli.stages.work import Work
 
@@ -19,6 +25,7 @@ class Unlearner(ABC):
         trainable: names of the parameters that may change.
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
+        on_step: told of every update.
     """
 
     learning_rate_key = "method.learning_rate"
@@ -27,6 +34,7 @@ class Unlearner(ABC):
         self.work = work
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
+        self.on_step: Callable[[UnlearningStep], None] | None = None
 
     def prepare(self) -> None:
         """Whatever takes long and is shared by all queries. An override calls this first: it keeps the base weights."""

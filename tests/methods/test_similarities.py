@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from method_runs import (
     NUM_PICTURES,
     NUM_QUERIES,
     PLANTED,
+    SIDE,
     digits,
     fails,
     mucs,
@@ -21,7 +23,7 @@ from method_runs import (
     stamps,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from mucs_cli.attribution.encoders import ImageEncoder
@@ -65,6 +67,45 @@ def test_pixel_compares_all_colours_of_a_folders_pictures(planted: Path) -> None
     training = pictures_of(planted).reshape(NUM_PICTURES, -1)
     unit = training / np.linalg.norm(training, axis=1, keepdims=True)
     np.testing.assert_allclose(scores_of(planted, "pixel"), (unit @ unit.T)[list(PLANTED)], atol=1e-6)
+
+
+def latent_pipeline(folder: Path) -> Path:
+    """An untrained class-conditional DiT on the latents of an untrained autoencoder that halves the sides."""
+    torch.manual_seed(0)
+    autoencoder = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIDE,
+    )
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=SIDE // 2,
+        num_embeds_ada_norm=2,
+        norm_num_groups=8,
+    )
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)
+    diffusers.DiTPipeline(transformer, autoencoder, scheduler).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def test_pictures_are_compared_and_not_the_latents_of_a_latent_model(planted: Path, tmp_path: Path) -> None:
+    run, model = tmp_path / "run", latent_pipeline(tmp_path / "model")
+    data = ["data=image_folder", f"data.path={planted.parent / 'pictures'}"]
+    sampled = ["sampler.num_steps=2", "queries.num=2"]
+    mucs("sample", f"run={run}", "model=pretrained", f"model.path={model}", *data, *sampled)
+    mucs("score", f"run={run}", "method=pixel", "method.similarity=euclidean")
+    queries = queries_of(run)
+    assert queries["image"].shape == (2, 4, SIDE // 2, SIDE // 2)
+    difference = queries["picture"][:, None] - pictures_of(planted)[None]
+    distance = np.sqrt((difference.astype(np.float64) ** 2).sum(axis=(2, 3, 4)))
+    np.testing.assert_allclose(scores_of(run, "pixel__similarity-euclidean"), -distance, rtol=1e-6)
 
 
 def test_a_method_without_unlearning_needs_no_unlearned_models_and_its_scores_are_shown_and_reported(
@@ -121,6 +162,21 @@ def test_the_images_of_the_querys_class_come_first_in_an_order_that_the_seed_dec
         first = [np.argsort(-s[query])[: same.sum()].tolist() for s in (scores, again)]
         assert sorted(first[0]) == sorted(first[1]) == np.flatnonzero(same).tolist()
         assert first[0] != first[1]
+
+
+def test_condition_vectors_are_compared_by_their_cosine(planted: Path, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", planted.parent / "pictures"
+    vectors = torch.randn(NUM_PICTURES, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"condition": vectors}, tmp_path / "vectors.safetensors")
+    data = ["data=image_folder", f"data.path={folder}", f"data.condition_file={tmp_path / 'vectors.safetensors'}"]
+    model = ["model=dit", "model.size=tiny", "model.conditional=true", "training.num_steps=2", "device=cpu"]
+    mucs("train", f"run={run}", *data, *model)
+    mucs("sample", f"run={run}", "sampler.num_steps=2", "queries.num=2")
+    mucs("score", f"run={run}", "method=condition")
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1).numpy()
+    query = queries_of(run)["condition"]
+    expected = query @ unit.T / np.linalg.norm(query, axis=1, keepdims=True)
+    np.testing.assert_allclose(scores_of(run, "condition"), expected, atol=1e-6)
 
 
 def test_condition_is_refused_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
