@@ -7,7 +7,7 @@ picture is repeated until it is memorised. Its copies must rank first for it.
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,6 @@ QUICK = ["device=cpu", "noise_bank.num_draws=10", "score.batch_size=32", "report
 BATCHES = ["unlearning.retain_batch_size=24", "unlearning.forget_batch_size=24"]
 UNLEARN = [*BATCHES, "unlearning.learning_rate=1e-3", "unlearning.forget_weight=0.5", "unlearning.num_steps=40"]
 TWO_STEPS = [*BATCHES, "unlearning.num_steps=2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread, which on a busy machine only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def mucs(*arguments: str) -> None:
