@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -129,6 +130,11 @@ def fingerprint(*parts: Any) -> str:
             digest.update(json.dumps(part, sort_keys=True).encode())
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def is_fingerprint(value: Any) -> bool:
+    """Whether a value is written as ``fingerprint`` writes it."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def versions() -> dict[str, str]:
@@ -259,8 +265,8 @@ class Stage:
                 self.previous = {}
                 return False
             key, ours, theirs = difference
-            if key.startswith("inputs."):  # fingerprints: the beginning tells them apart
-                ours, theirs = str(ours)[:16], str(theirs)[:16]
+            if is_fingerprint(ours) and is_fingerprint(theirs):
+                ours, theirs = ours[:16], theirs[:16]  # which tells them apart
             raise UserError(
                 key.removeprefix("config."),
                 f"got {ours!r}; {path} has {theirs!r}. Use another run=, or overwrite=true to redo this stage.",
