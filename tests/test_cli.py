@@ -254,7 +254,7 @@ def test_an_interrupted_run_says_how_to_go_on(number: int, code: int, tmp_path: 
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in said
     assert said.splitlines()[-1].endswith("To go on, run it again: mucs " + " ".join(arguments))
