@@ -221,6 +221,15 @@ class TrainingConfig:
     )
     horizontal_flip: bool = option(False, "mirror images at random")
     augmentation: float = option(0.0, "probability of each EDM augmentation (non-leaking)", minimum=0, maximum=1)
+    validate_every: int | None = option(
+        None,
+        "updates between measurements of the loss on the held-out images (data.holdout), whose best weights are used; "
+        "null: none, the last weights are",
+        minimum=1,
+    )
+    patience: int | None = option(
+        None, "measurements without a lower loss after which training stops; null: never", minimum=1
+    )
     checkpoint_every_seconds: float = option(60.0, "time between resumable checkpoints", above=0, affects_result=False)
     seed: int = option(II("seed"), "seed of initialisation, order, noise and dropout")
 
@@ -369,6 +378,18 @@ class EvaluationConfig:
     name: str = option(MISSING, "evaluation; set by evaluation=")
     variants: list[str] | None = option(
         None, "finished variants, folder names below score/, for example [mucs,pixel]; null: all"
+    )
+
+
+@dataclass
+class RetrainingEvaluationConfig(EvaluationConfig):
+    """Keys of every evaluation that trains models anew."""
+
+    worker: int | None = option(
+        None,
+        "any number: only train, sharing the models with other workers, for example evaluation.worker=0,1,2,3 with -m; "
+        "null: train what is missing, then evaluate",
+        affects_result=False,
     )
 
 
