@@ -256,6 +256,9 @@ class QueriesConfig:
 class SampledQueriesConfig(QueriesConfig):
     name: str = option("sampled", "where the images to explain come from; set by queries=")
     num: int = option(10, "generated images to explain", minimum=1)
+    held_out: int = option(
+        0, "held-out images (data.holdout) to explain as well, after the generated ones; drawn by seed", minimum=0
+    )
     seed: int = option(II("seed"), "seed of the first query; query i has a stream of its own")
     classes: list[int] | None = option(None, "classes to sample in turn, for a conditional model; null: all")
 

@@ -41,7 +41,7 @@ def run(context: Context) -> None:
         write_json(folder / RESULTS, results)
         for name, write in TABLES.items():
             write_text(folder / name, write(evaluator.table(results)))
-        stage.finish(evaluator.facts(), outputs)
+        stage.finish(evaluator.facts(), outputs + evaluator.files(folder))
         log.info("evaluate: %s and tables in %s", RESULTS, folder)
     print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout)
 

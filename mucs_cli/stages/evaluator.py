@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mucs_cli.reporting.tables import Table
@@ -30,6 +31,10 @@ class Evaluator(ABC):
     @abstractmethod
     def table(self, results: dict[str, Any]) -> Table:
         """The results, as ``evaluate`` gave them, for the reader."""
+
+    def files(self, folder: Path) -> list[Path]:
+        """Writes what else belongs to the results, after ``evaluate``; returns the files."""
+        return []
 
     def facts(self) -> dict[str, Any]:
         """What the manifest is to record."""
