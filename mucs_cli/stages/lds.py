@@ -227,10 +227,10 @@ class LdsEvaluator(RetrainingEvaluator):
             for kind, entry in results["queries"].items()
         )
         return Table(
-            f"linear datamodeling score, {len(results['subsets'])} subsets of {results['subset_size']} of "
-            f"{results['num_images']} images, {results['seeds_per_subset']} training seeds each; "
-            f"{results['confidence']:.0%} interval over subsets and queries; floor: 97.5 % of shuffled subsets lie below "
-            f"it; p: of shuffled ones, one-sided; ceiling (one training seed against the others): {ceilings}",
+            f"linear datamodeling score: {len(results['subsets'])} subsets of {results['subset_size']} of "
+            f"{results['num_images']} images, {results['seeds_per_subset']} training seeds each, intervals of "
+            f"{results['confidence']:.0%} over subsets and queries; floor: 97.5 % of shuffled subsets lie below; p: of "
+            f"shuffled subsets, one-sided; ceiling (one training seed against the others): {ceilings}",
             ("queries", "variant", "count", "lds", "over_subsets", "floor", "p", "undefined"),
             [
                 (
