@@ -27,6 +27,7 @@ from mucs_cli.schemas import MetricsConfig
 from mucs_cli.stages.context import as_values
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what SSCD is published in
 
 CPU = torch.device("cpu")
 CONVERTERS = Path(__file__).parents[2] / "scripts" / "convert"
@@ -144,7 +145,9 @@ def published(tmp_path_factory: pytest.TempPathFactory, sscd_state: dict[str, Te
             num_channels = width
     torch.save(vgg, place / "vgg16.pth")
     widths = (64, 128, 256, 512, 512)
-    heads = {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1, generator=generator) / w for k, w in enumerate(widths)}
+    heads = {
+        f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1, generator=generator) * 20 / w for k, w in enumerate(widths)
+    }
     torch.save(heads, place / "heads.pth")
     torch.save(
         {f"backbone.{name}": value for name, value in sscd_state.items()}
@@ -216,7 +219,7 @@ def test_lpips_is_the_weighted_square_distance_of_unit_features(published: Path,
             distance += functional.conv2d((x - y).square()[None], weight).mean().item()
         expected.append(1 - distance)
     np.testing.assert_allclose(metrics["lpips"](first, second), expected, atol=1e-6)
-    assert expected[0] < 0.99 < expected[1] < 1 - 1e-4
+    assert expected[0] < 0.9 < expected[1] < 1 - 1e-4
 
 
 def test_sscd_is_the_cosine_of_the_published_networks_embeddings(
@@ -255,6 +258,12 @@ def test_clip_and_dino_are_cosines_of_the_librarys_embeddings(
         assert expected.max() < 1 - 1e-4
 
 
+@pytest.mark.parametrize("name", PIXEL_METRICS)
+def test_pixel_metrics_are_those_of_the_core(name: str, metrics: dict[str, Any]) -> None:
+    first, second = pictures(17, 3), pictures(18, 3)
+    np.testing.assert_allclose(metrics[name](first, second), PIXEL_METRICS[name](first, second), rtol=0, atol=1e-12)
+
+
 # --- what holds for all ----------------------------------------------------------------------------------------------
 
 
@@ -273,12 +282,12 @@ def test_identical_pictures_have_similarity_one_and_noisier_ones_less(name: str,
 def test_the_batch_size_changes_nothing_and_each_pair_stands_alone(
     name: str, metrics: dict[str, Any], paths: dict[str, str | None]
 ) -> None:
-    first, second = pictures(8, 3, height=12), pictures(9, 3, height=12)
+    first, second = pictures(8, 2, height=20), pictures(9, 2, height=20)
     together = metrics[name](first, second)
-    small = load_metrics([name], paths, CPU, batch_size=2)[name]
-    np.testing.assert_allclose(small(first, second), together, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(metrics[name](second[1:2], first[1:2]), together[1:2], rtol=0, atol=1e-6)
-    assert len({round(value, 5) for value in together.tolist()}) == 3
+    small = load_metrics([name], paths, CPU, batch_size=1)[name]
+    np.testing.assert_allclose(small(first, second), together, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(metrics[name](second[1:2], first[1:2]), together[1:2], rtol=0, atol=1e-5)
+    assert len({round(value, 4) for value in together.tolist()}) == 2
 
 
 @pytest.mark.parametrize("name", NETWORK_NAMES)
