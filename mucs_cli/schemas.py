@@ -397,6 +397,23 @@ class RetrainingEvaluationConfig(EvaluationConfig):
 
 
 @dataclass
+class MetricsConfig(EvaluationConfig):
+    """Keys of every evaluation that compares pictures; the weights decide its results, wherever they lie."""
+
+    metrics: list[str] = option(
+        ["ssim", "mae", "cosine"], "similarities of pictures: ssim, mae, cosine, lpips, clip, dino, sscd"
+    )
+    lpips_path: str | None = option(None, "lpips: the file that scripts/convert/lpips.py wrote", affects_result=False)
+    clip_path: str | None = option(
+        None, "clip: folder of a CLIP model in safetensors, or its name on the hub", affects_result=False
+    )
+    dino_path: str | None = option(
+        None, "dino: folder of a DINO or DINOv2 model in safetensors, or its name on the hub", affects_result=False
+    )
+    sscd_path: str | None = option(None, "sscd: the file that scripts/convert/sscd.py wrote", affects_result=False)
+
+
+@dataclass
 class ReportConfig:
     k: int = option(10, "top training images shown for each query", minimum=1)
     exclude_exact: bool = option(False, "leave exact copies of the query out of the ranking")
