@@ -373,7 +373,7 @@ def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(
         ("mucs train training.decay=c", ["training.decay=constant", "training.decay=cosine"]),
         ("mucs show bottom=", ["bottom=true", "bottom=false"]),
         ("mucs e", ["evaluate"]),
-        ("mucs evaluate evaluation=", ["evaluation=overlap", "evaluation=retrieval"]),
+        ("mucs evaluate evaluation=", ["evaluation=lds", "evaluation=overlap", "evaluation=retrieval"]),
         ("mucs score run=r method=p", ["method=pixel"]),
         ("mucs nope run", []),
     ],

@@ -8,8 +8,8 @@ from mucs_cli.attribution.overlap import CONFIDENCE, Ids, Overlap, common_ids, i
 from mucs_cli.attribution.ranks import top
 from mucs_cli.reporting.tables import Estimate, Table
 from mucs_cli.rng import generator
-from mucs_cli.stages.evaluator import TopEvaluator
 from mucs_cli.stages.finished import FinishedScores
+from mucs_cli.stages.top_evaluator import TopEvaluator
 
 
 class OverlapEvaluator(TopEvaluator):

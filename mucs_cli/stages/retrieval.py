@@ -20,8 +20,8 @@ from mucs_cli.reporting.results import RunResults
 from mucs_cli.reporting.tables import Estimate, Table
 from mucs_cli.rng import generator
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.evaluator import TopEvaluator
 from mucs_cli.stages.finished import FinishedScores
+from mucs_cli.stages.top_evaluator import TopEvaluator
 
 MEANING = {
     "class": "of the query's class",
