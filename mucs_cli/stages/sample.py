@@ -15,17 +15,14 @@ from torch import Tensor
 
 from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
-from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.errors import UserError
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import log, log_file
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.encoding import decode, encode
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
 from mucs_cli.stages.loading import ROLES, Inputs, load_inputs
-
-PICTURES_AT_ONCE = 16
-"""Pictures an autoencoder encodes or decodes at once."""
 
 
 @dataclass(frozen=True)
@@ -272,17 +269,6 @@ def write_columns(path: Path, columns: dict[str, list[str]]) -> None:
     rows.writerow(["query", *columns])
     rows.writerows([query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True)))
     write_text(path, text.getvalue())
-
-
-def encode(codec: LatentCodec, picture: Tensor, device: torch.device) -> Tensor:
-    """Latents, on the CPU."""
-    return torch.cat([codec.encode(part.to(device)).cpu() for part in picture.split(PICTURES_AT_ONCE)])
-
-
-def decode(codec: LatentCodec, latent: Tensor, device: torch.device) -> Tensor:
-    """Pictures in [-1, 1], on the CPU."""
-    parts = [codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in latent.split(PICTURES_AT_ONCE)]
-    return torch.cat(parts)
 
 
 def write_grid(image: Tensor, path: Path, columns: int = 10, gap: int = 1) -> None:
