@@ -177,6 +177,16 @@ def test_a_plan_counts_the_models_and_trains_none_and_a_worker_only_trains(
     assert not (run / "evaluate" / "lds" / "results.json").exists()
 
 
+def test_status_counts_the_models_and_cleaning_leaves_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "retrain" / "0123456789abcdef").mkdir()
+    before = stamps(run / "retrain")
+    capsys.readouterr()
+    mucs("status", f"run={run}", "clean=true")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("retrain ")]
+    assert "12 models, 1 unfinished" in line
+    assert stamps(run / "retrain") == before
+
+
 def test_what_cannot_be_evaluated_is_named_before_anything_is_trained(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
