@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from mucs_cli.attribution.overlap import CONFIDENCE, Ids, Overlap, common_ids, id_overlap
 from mucs_cli.attribution.ranks import top
 from mucs_cli.errors import UserError
+from mucs_cli.evaluation.measures.overlap import CONFIDENCE, Ids, Overlap, common_ids, id_overlap
 from mucs_cli.reporting.groups import choose_k
 from mucs_cli.reporting.tables import Estimate, Table
 from mucs_cli.rng import generator
