@@ -92,7 +92,7 @@ def test_marks_are_shown_and_explained_in_each_notation() -> None:
 
 def test_marks_are_read_in_a_terminal_without_styles_and_digits_stay_below_each_other() -> None:
     stream = io.StringIO()
-    print_table(replace(MARKED, columns=("method", "auc_of_all_targets_against_random")), stream)
+    print_table(replace(MARKED, columns=("method", "auc_of_all_targets_of_this_run_against_random")), stream)
     lines = stream.getvalue().splitlines()
     assert lines[0].rstrip() == "AUC; * best; = not distinguishable from the best"
     assert any("* 0.700 [" in line for line in lines) and any("= 0.680 [" in line for line in lines)
