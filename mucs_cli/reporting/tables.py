@@ -2,8 +2,9 @@
 
 import csv
 import io
-from dataclasses import dataclass
-from typing import TextIO
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,14 +23,24 @@ LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 
+Mark = Literal["", "best", "tied"]
+MARKS: dict[Mark, str] = {"best": "best", "tied": "not distinguishable from the best"}
+"""What each mark says; the title of a table with marks explains those it has, written as they are in its cells."""
+IN_MARKDOWN = {"": "{}", "best": "**{}**", "tied": "_{}_"}
+IN_LATEX = {"": "{}", "best": r"\textbf{{{}}}", "tied": r"\underline{{{}}}"}
+IN_TERMINAL = {"": "{}", "best": "* {}", "tied": "= {}"}
+"""Signs, as styles are lost where the output is no terminal; in front, so that digits stay below each other."""
+TERMINAL_STYLES = {"": "", "best": "bold", "tied": "underline"}
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval; None for what cannot be told."""
+    """A number with its interval; None for what cannot be told. ``mark``: see ``marked``."""
 
     value: float | None
     low: float | None
     high: float | None
+    mark: Mark = ""
 
 
 Cell = str | int | float | None | Estimate
@@ -53,6 +64,41 @@ class Table:
     def is_text(self, column: int) -> bool:
         return all(isinstance(row[column], str) for row in self.rows)
 
+    def marks(self) -> list[Mark]:
+        """The kinds of marks that it has."""
+        found = {mark_of(cell) for row in self.rows for cell in row}
+        return [mark for mark in MARKS if mark in found]
+
+
+def marked(
+    estimates: Sequence[Estimate], distinguishable: Callable[[int, int], bool], higher_is_better: bool = True
+) -> list[Estimate]:
+    """The estimates with the best one marked, and those that may be as good.
+
+    Args:
+        estimates: what is compared; one without a value gets no mark. Of equal ones the first is the best.
+        distinguishable: whether the i-th estimate differs from the best one: ``distinguishable(i, best)``. Of samples
+            that belong together, such as methods judged on the same queries, that is whether the interval of their
+            differences leaves out 0; whether their own intervals meet does not tell.
+        higher_is_better: else the lowest is the best.
+    """
+    values = {place: estimate.value for place, estimate in enumerate(estimates) if estimate.value is not None}
+    if not values:
+        return list(estimates)
+    best = (max if higher_is_better else min)(values, key=values.__getitem__)
+
+    def mark(place: int) -> Mark:
+        if place == best:
+            return "best"
+        return "tied" if place in values and not distinguishable(place, best) else ""
+
+    return [replace(estimate, mark=mark(place)) for place, estimate in enumerate(estimates)]
+
+
+def leaves_out_zero(low: float | None, high: float | None) -> bool:
+    """Whether an interval is known, and all of it on one side of 0."""
+    return low is not None and high is not None and not low <= 0 <= high
+
 
 def to_csv(table: Table) -> str:
     text = io.StringIO()
@@ -75,25 +121,26 @@ def to_markdown(table: Table) -> str:
         return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
 
     rule = [":--" if table.is_text(column) else "--:" for column in range(len(table.columns))]
-    body = "".join(line([cell_text(cell) for cell in row]) for row in table.rows)
-    return f"{table.title}\n\n" + line([heading(name) for name in table.columns]) + line(rule) + body
+    body = "".join(line([IN_MARKDOWN[mark_of(cell)].format(cell_text(cell)) for cell in row]) for row in table.rows)
+    head = line([heading(name) for name in table.columns]) + line(rule)
+    return f"{title_with_marks(table, IN_MARKDOWN)}\n\n{head}{body}"
 
 
 def to_latex(table: Table) -> str:
     """A ``tabular`` of the package booktabs; the title is a comment above it."""
 
-    def line(cells: list[str]) -> str:
-        return " & ".join("".join(LATEX.get(character, character) for character in cell) for cell in cells) + r" \\"
+    def line(cells: Sequence[Cell]) -> str:
+        return " & ".join(IN_LATEX[mark_of(cell)].format(latex_text(cell_text(cell))) for cell in cells) + r" \\"
 
     alignment = "".join("l" if table.is_text(column) else "r" for column in range(len(table.columns)))
     lines = [
-        f"% {table.title}",
+        f"% {title_with_marks(table, IN_LATEX)}",
         r"% needs \usepackage{booktabs}",
         rf"\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
         line([heading(name) for name in table.columns]),
         r"\midrule",
-        *(line([cell_text(cell) for cell in row]) for row in table.rows),
+        *(line(row) for row in table.rows),
         r"\bottomrule",
         r"\end{tabular}",
     ]
@@ -102,13 +149,29 @@ def to_latex(table: Table) -> str:
 
 def print_table(table: Table, stream: TextIO) -> None:
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
-    shown = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    title = Text(title_with_marks(table, IN_TERMINAL))
+    shown = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(table.columns):
         is_text = table.is_text(column)
         shown.add_column(heading(name), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in table.rows:
-        shown.add_row(*(Text(cell_text(cell)) for cell in row))
+        marks = [mark_of(cell) for cell in row]
+        texts = [IN_TERMINAL[mark].format(cell_text(cell)) for mark, cell in zip(marks, row, strict=True)]
+        shown.add_row(*(Text(text, TERMINAL_STYLES[mark]) for mark, text in zip(marks, texts, strict=True)))
     console.print(shown)
+
+
+def mark_of(cell: Cell) -> Mark:
+    return cell.mark if isinstance(cell, Estimate) else ""
+
+
+def title_with_marks(table: Table, notation: Mapping[str, str]) -> str:
+    """The title, with what the table's marks mean where it has any."""
+    return "; ".join([table.title, *(notation[mark].format(MARKS[mark]) for mark in table.marks())])
+
+
+def latex_text(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
 
 
 def heading(name: str) -> str:

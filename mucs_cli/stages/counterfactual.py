@@ -4,11 +4,12 @@ The model is trained again and the same pictures are generated from the same see
 ``evaluation/measures/counterfactual.py``.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ from mucs_cli.evaluation.measures.removal import (
 )
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE, MIN_CLUSTERS, Floats
 from mucs_cli.evaluation.metrics import load_metrics, metric_paths
-from mucs_cli.reporting.tables import Estimate, Table
+from mucs_cli.reporting import charts
+from mucs_cli.reporting.tables import Estimate, Table, leaves_out_zero, marked
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import Progress
 from mucs_cli.schemas import SampledQueriesConfig
@@ -59,10 +61,15 @@ from mucs_cli.stages.pooled_runs import (
 )
 from mucs_cli.stages.retraining import Retraining
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RANDOM = "random removal"
 """The baseline: for each target as many images as for a method, drawn at random."""
 NO_REMOVAL = "no removal"
 """The noise floor: nothing is removed, another training seed."""
+NUM_SHOWN = 6
+"""Targets whose pictures the chart of pairs shows."""
 OTHER_PICTURES = "other pictures"
 """The reference: pictures of different queries, before any removal."""
 MEAN = "mean"
@@ -206,11 +213,9 @@ class CounterfactualEvaluator(RetrainingEvaluator):
     def evaluate(self) -> dict[str, Any]:
         before = self.pictures(None)
         same = self.pictures(Retraining.of([], self.models.base_seed))
-        own = dict(self._samples(before))
         removed = {name: [len(sets[0]) for _ in self.seeds] for name, sets in self.removals.items()}
         removed |= {NO_REMOVAL: [0] * len(self.seeds), OTHER_PICTURES: [0] * len(self.seeds)}
-        self._own = own
-        pooled = pool([Pooled(own, removed), *(read_finished(folder) for folder in self.others)], self.others)
+        pooled = pool([Pooled(self.own, removed), *(read_finished(folder) for folder in self.others)], self.others)
         clusters = len({int(seed) for sample in pooled.samples.values() for seed in sample.seed})
         settings = Settings(
             clusters="seed" if clusters >= MIN_CLUSTERS else "picture",
@@ -239,7 +244,26 @@ class CounterfactualEvaluator(RetrainingEvaluator):
                 "largest_difference": float((before - same).abs().max()),
             },
             "rows": [asdict(row) for row in rows],
+            "differences": list(self._differences(pooled, settings)),
         }
+
+    def _differences(self, pooled: Pooled, settings: Settings) -> Iterator[dict[str, Any]]:
+        """Of the targets' similarities under every two variants, picture by picture."""
+        for metric in self._metrics():
+            for first, second in itertools.combinations(self.names, 2):
+                row = measures.row_of(
+                    contrast_of(pooled, first, second, metric), len(self.base.data.training), settings
+                )
+                yield {"variants": [first, second], "metric": metric, **asdict(row.targets.difference)}
+
+    def _metrics(self) -> list[str]:
+        """All that is reported."""
+        return [*self.metrics, *([MEAN] if len(self.metrics) > 1 else [])]
+
+    @cached_property
+    def own(self) -> dict[Key, Similarities]:
+        """The similarities of this run."""
+        return dict(self._samples(self.pictures(None)))
 
     def _samples(self, before: Tensor) -> Iterator[tuple[Key, Similarities]]:
         """(method, metric, role) -> similarities to the base model's pictures, of everything that was trained."""
@@ -296,9 +320,8 @@ class CounterfactualEvaluator(RetrainingEvaluator):
             pairs += [(name, others_of(name)) for name in [*self.names, RANDOM] if len(self.targets) > 1]
         elif self.config.matched:
             pairs += [(name, matched_to(name)) for name in self.names]
-        metrics = [*self.metrics, *([MEAN] if len(self.metrics) > 1 else [])]
         for name, baseline in pairs:
-            for metric in metrics:
+            for metric in self._metrics():
                 if (name, metric, TARGET) in pooled.samples:
                     yield contrast_of(pooled, name, baseline, metric)
 
@@ -332,7 +355,7 @@ class CounterfactualEvaluator(RetrainingEvaluator):
                     row["baseline"],
                     row["metric"],
                     float(np.mean(row["num_removed"])),
-                    shown(row["targets"]["auc"]),
+                    auc,
                     shown(row["controls"] and row["controls"]["auc"]),
                     shown(row["separation"]),
                     shown(row["targets"]["ratio"]),
@@ -340,13 +363,78 @@ class CounterfactualEvaluator(RetrainingEvaluator):
                     row["targets"]["mann_whitney_holm"],
                     row["targets"]["wilcoxon_holm"],
                 )
-                for row in results["rows"]
+                for row, auc in zip(results["rows"], self._marked_auc(results), strict=True)
             ],
         )
 
+    def _marked_auc(self, results: dict[str, Any]) -> list[Estimate]:
+        """The AUC of every row; of variants beside the same baseline, the best of each metric is marked."""
+        rows = results["rows"]
+        found = [shown(row["targets"]["auc"]) for row in rows]
+        differs = {
+            (entry["metric"], frozenset(entry["variants"])): leaves_out_zero(entry["low"], entry["high"])
+            for entry in results["differences"]
+        }
+        for metric in self._metrics():
+            places = [
+                place
+                for place, row in enumerate(rows)
+                if row["metric"] == metric and row["baseline"] == RANDOM and row["method"] in self.names
+            ]
+            names = [rows[place]["method"] for place in places]
+
+            def distinguishable(i: int, best: int, metric: str = metric, names: list[str] = names) -> bool:
+                return differs[metric, frozenset((names[i], names[best]))]
+
+            for place, estimate in zip(places, marked([found[p] for p in places], distinguishable), strict=True):
+                found[place] = estimate
+        return found
+
+    def charts(self, results: dict[str, Any]) -> "dict[str, Figure]":
+        methods = [*self.names, RANDOM, NO_REMOVAL]
+        samples = {
+            metric: {
+                name: charts.Similarities(self.own[name, metric, TARGET].value, self.own[name, metric, CONTROL].value)
+                for name in methods
+            }
+            for metric in self.metrics
+        }
+        compared = [*self.names, NO_REMOVAL]
+        auc = {(row["method"], row["metric"]): row for row in results["rows"] if row["baseline"] == RANDOM}
+        panels = []
+        for metric in self._metrics():
+            rows = [auc[name, metric] for name in compared]
+            series = {"targets": [shown(row["targets"]["auc"]) for row in rows]}
+            if self.config.num_controls:
+                series["controls"] = [shown(row["controls"]["auc"]) for row in rows]
+            panels.append(charts.Bars(metric, series))
+        return {
+            "similarities": charts.densities(samples, "similarity to the picture before, higher is more alike", RANDOM),
+            "auc": charts.interval_bars(compared, panels, "AUC against random removal", reference=0.5),
+            "pictures": self._pairs(),
+        }
+
+    def _pairs(self) -> "Figure":
+        """The first targets before, and after the first removal of each method that concerns them."""
+        columns = [*self.names, RANDOM, NO_REMOVAL]
+        before = self.pictures(None)
+        shown_targets = range(min(NUM_SHOWN, len(self.targets)))
+        after = {}
+        for name in columns:
+            for place in shown_targets:
+                if name == NO_REMOVAL:
+                    task = Retraining.of([], self.floor_seeds[0])
+                else:
+                    sets = self.removals[name]
+                    task = Retraining.of(sets[place] if len(sets) > 1 else sets[0], self.seeds[0])
+                after[name, place] = self.pictures(task)[place].numpy()
+        images = [[before[place].numpy(), *(after[name, place] for name in columns)] for place in shown_targets]
+        names = [f"query {self.targets[place]}" for place in shown_targets]
+        return charts.image_pairs(names, ["before", *columns], images)
+
     def files(self, folder: Path) -> list[Path]:
         """``similarities.csv``: a line a picture, training seed, method and metric, of this run alone."""
-        return [write_samples(self._own, folder)]
+        return [write_samples(self.own, folder)]
 
     def facts(self) -> dict[str, Any]:
         models = len(set(self.retrainings()))

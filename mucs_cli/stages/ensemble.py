@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mucs_cli.artifacts import write_json
 from mucs_cli.attribution.ensemble import borda, rank_correlations, rank_mean, top_overlaps, z_mean
-from mucs_cli.attribution.overlap import expected_overlap
 from mucs_cli.errors import UserError
+from mucs_cli.evaluation.measures.overlap import expected_overlap
 from mucs_cli.reporting.groups import choose_k
 from mucs_cli.stages.finished import FinishedScores, ScoreFiles
 from mucs_cli.stages.similarity import WholeRowScorer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from mucs_cli.evaluation.measures.lds import (
     subset_masks,
 )
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE, Floats
-from mucs_cli.reporting.tables import Estimate, Table, cell_text, heading
+from mucs_cli.reporting.charts import Bars, interval_bars
+from mucs_cli.reporting.tables import Estimate, Table, cell_text, heading, leaves_out_zero, marked
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, smaller_batch
 from mucs_cli.stages.context import Context
@@ -37,6 +38,9 @@ from mucs_cli.stages.evaluator import RetrainingEvaluator
 from mucs_cli.stages.finished import SCORES, ScoreFiles
 from mucs_cli.stages.loading import ROLES, load_queries
 from mucs_cli.stages.retraining import Retraining
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEASUREMENT_BATCH = 256
 SUBSETS = "subsets.safetensors"
@@ -237,16 +241,28 @@ class LdsEvaluator(RetrainingEvaluator):
                     heading(kind),
                     row["variant"],
                     len(entry["ids"]),
-                    shown(row["lds_over_both"]),
+                    estimate,
                     shown(row["lds_over_subsets"]),
                     row["noise_floor"]["upper"],
                     row["noise_floor"]["p_value"],
                     row["num_undefined"],
                 )
                 for kind, entry in results["queries"].items()
-                for row in entry["variants"]
+                for row, estimate in zip(entry["variants"], with_marks(entry), strict=True)
             ],
         )
+
+    def charts(self, results: dict[str, Any]) -> "dict[str, Figure]":
+        panels = [
+            Bars(
+                f"{heading(kind)} queries",
+                {"lds": [shown(row["lds_over_both"]) for row in entry["variants"]]},
+                None if entry["ceiling"] is None else Estimate(entry["ceiling"], None, None),
+            )
+            for kind, entry in results["queries"].items()
+        ]
+        axis = f"linear datamodeling score, {results['confidence']:.0%} interval; dotted: ceiling"
+        return {"lds": interval_bars([variant.name for variant in self.variants], panels, axis)}
 
     def files(self, folder: Path) -> list[Path]:
         """``subsets.safetensors``: who was in, and what was measured, for other software."""
@@ -269,6 +285,17 @@ class LdsEvaluator(RetrainingEvaluator):
                 "queries": sum(map(len, self.chosen.values())),
             },
         }
+
+
+def with_marks(entry: dict[str, Any]) -> list[Estimate]:
+    """The LDS of each variant on queries of one kind; the best, and those whose difference from it may be 0, marked."""
+    names = [row["variant"] for row in entry["variants"]]
+    differs = {
+        frozenset(difference["variants"]): leaves_out_zero(difference["low"], difference["high"])
+        for difference in entry["differences"]
+    }
+    estimates = [shown(row["lds_over_both"]) for row in entry["variants"]]
+    return marked(estimates, lambda place, best: differs[frozenset((names[place], names[best]))])
 
 
 def shown(estimate: dict[str, Any]) -> Estimate:

@@ -2,8 +2,11 @@
 
 import csv
 import io
+from dataclasses import replace
 
-from mucs_cli.reporting.tables import Estimate, Table, print_table, to_csv, to_latex, to_markdown
+import pytest
+
+from mucs_cli.reporting.tables import Estimate, Table, marked, print_table, to_csv, to_latex, to_markdown
 
 TABLE = Table(
     "what it is",
@@ -56,3 +59,77 @@ def test_the_terminal_shows_every_cell_uncut() -> None:
     print_table(TABLE, stream)
     for text in ("what it is", "a_b|c", "0.123 [0.100, 0.250]", "50 % & more", "expected"):
         assert text in stream.getvalue()
+
+
+# --- marks -----------------------------------------------------------------------------------------------------------
+
+MARKED = Table(
+    "AUC",
+    ("method", "auc"),
+    [
+        ("a", Estimate(0.7, 0.6, 0.8, "best")),
+        ("b", Estimate(0.68, 0.5, 0.8, "tied")),
+        ("c", Estimate(0.5, 0.4, 0.6)),
+        ("d", Estimate(None, None, None)),
+    ],
+)
+
+
+def test_marks_are_shown_and_explained_in_each_notation() -> None:
+    markdown = to_markdown(MARKED).splitlines()
+    assert markdown[0] == "AUC; **best**; _not distinguishable from the best_"
+    assert markdown[4:7] == [
+        "| a | **0.700 [0.600, 0.800]** |",
+        "| b | _0.680 [0.500, 0.800]_ |",
+        "| c | 0.500 [0.400, 0.600] |",
+    ]
+    latex = to_latex(MARKED).splitlines()
+    assert latex[0] == r"% AUC; \textbf{best}; \underline{not distinguishable from the best}"
+    assert r"a & \textbf{0.700 [0.600, 0.800]} \\" in latex
+    assert r"b & \underline{0.680 [0.500, 0.800]} \\" in latex
+    assert r"c & 0.500 [0.400, 0.600] \\" in latex
+
+
+def test_marks_are_read_in_a_terminal_without_styles_and_digits_stay_below_each_other() -> None:
+    stream = io.StringIO()
+    print_table(replace(MARKED, columns=("method", "auc_of_all_targets_of_this_run_against_random")), stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].rstrip() == "AUC; * best; = not distinguishable from the best"
+    assert any("* 0.700 [" in line for line in lines) and any("= 0.680 [" in line for line in lines)
+    assert len({line.index("[") for line in lines if "[" in line}) == 1
+
+
+def test_numbers_stay_unmarked_in_the_csv() -> None:
+    unmarked = replace(MARKED, rows=[(name, replace(cell, mark="")) for name, cell in MARKED.rows])
+    assert to_csv(MARKED) == to_csv(unmarked)
+    assert to_markdown(MARKED) != to_markdown(unmarked)
+
+
+def test_only_marks_that_a_table_has_are_explained() -> None:
+    alone = replace(MARKED, rows=[MARKED.rows[0], MARKED.rows[2]])
+    assert to_markdown(alone).splitlines()[0] == "AUC; **best**"
+    assert to_markdown(TABLE).splitlines()[0] == "what it is"
+
+
+@pytest.mark.parametrize(
+    ("higher_is_better", "marks"), [(True, ["", "best", "tied", ""]), (False, ["best", "", "tied", ""])]
+)
+def test_the_best_and_those_that_the_caller_cannot_tell_from_it_are_marked(
+    higher_is_better: bool, marks: list[str]
+) -> None:
+    estimates = [Estimate(value, None, None) for value in (-0.3, 0.4, 0.2, None)]
+    asked = []
+
+    def distinguishable(place: int, best: int) -> bool:
+        asked.append((place, best))
+        return place != 2
+
+    found = marked(estimates, distinguishable, higher_is_better)
+    assert [estimate.mark for estimate in found] == marks
+    assert [replace(estimate, mark="") for estimate in found] == estimates
+    assert {best for _, best in asked} == {marks.index("best")}
+
+
+def test_nothing_is_best_where_nothing_has_a_value() -> None:
+    estimates = [Estimate(None, None, None)] * 2
+    assert marked(estimates, lambda place, best: False) == estimates

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-NUM_RESAMPLES = 2000
-CONFIDENCE = 0.95
+from mucs_cli.evaluation.measures.statistics import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Floats,
+    bootstrap,
+    divide,
+    weighted_mean,
+)
+
 Ids = NDArray[np.int64]
 
 
@@ -22,7 +28,7 @@ class Overlap:
     """A mean overlap, in [0, 1], with its percentile bootstrap interval over queries.
 
     mean: over pairs of queries, or over queries.
-    low, high: bounds of the interval; None where there are too few queries for one (two, or three for pairs).
+    low, high: bounds of the interval; None where there are fewer than three queries.
     expected: the same mean for independent random sets of the same sizes.
     count: how many overlaps the mean is of.
     """
@@ -58,18 +64,21 @@ def common_ids(
     check(sets, num_examples)
     if len(sets) < 2:
         raise ValueError("one query makes no pair")
-    num_pairs = len(sets) * (len(sets) - 1)
     ratio = overlaps(sets)
     sizes = [len(ids) for ids in sets]
     chance = np.maximum.outer(sizes, sizes) / num_examples
     for of_pairs in (ratio, chance):
         np.fill_diagonal(of_pairs, 0.0)
-    weight = resampled_counts(len(sets), num_resamples, generator)
-    total = ((weight @ ratio) * weight).sum(axis=1)
-    pairs = len(sets) ** 2 - np.square(weight).sum(axis=1)  # 0 where one query was drawn every time: no pair at all
-    resampled = total[pairs > 0] / pairs[pairs > 0]
-    low, high = interval(resampled, confidence) if len(sets) > 2 else (None, None)
-    return Overlap(float(ratio.sum() / num_pairs), low, high, float(chance.sum() / num_pairs), count=num_pairs // 2)
+    num_pairs = len(sets) * (len(sets) - 1)
+
+    def mean(counts: Floats) -> Floats:
+        pairs = len(sets) ** 2 - np.square(counts).sum(axis=1)  # 0 where one query was drawn every time: no pair at all
+        return divide(((counts @ ratio) * counts).sum(axis=1), pairs)
+
+    found = bootstrap(mean, np.arange(len(sets)), generator, num_resamples, confidence)
+    return Overlap(
+        float(ratio.sum() / num_pairs), found.low, found.high, float(chance.sum() / num_pairs), count=num_pairs // 2
+    )
 
 
 def id_overlap(
@@ -94,10 +103,9 @@ def id_overlap(
         raise ValueError(f"top images of {len(first)} and of {len(second)} queries")
     pairs = list(zip(first, second, strict=True))
     ratio = np.array([len(np.intersect1d(a, b)) / min(len(a), len(b)) for a, b in pairs])
-    resampled = resampled_counts(len(pairs), num_resamples, generator) @ ratio / len(pairs)
-    low, high = interval(resampled, confidence) if len(pairs) > 1 else (None, None)
+    found = bootstrap(weighted_mean(ratio), np.arange(len(pairs)), generator, num_resamples, confidence)
     chance = float(np.mean([expected_overlap(len(a), len(b), num_examples) for a, b in pairs]))
-    return Overlap(float(ratio.mean()), low, high, chance, len(pairs))
+    return Overlap(float(ratio.mean()), found.low, found.high, chance, len(pairs))
 
 
 def expected_overlap(first_size: int, second_size: int, num_examples: int) -> float:
@@ -117,20 +125,6 @@ def overlaps(sets: Sequence[Ids]) -> NDArray[np.float64]:
         row[:] = np.add.reduceat(is_in[place], starts)
     ratio: NDArray[np.float64] = shared / np.minimum.outer(sizes, sizes)
     return ratio
-
-
-def resampled_counts(num_queries: int, num_resamples: int, generator: torch.Generator) -> NDArray[np.float64]:
-    """How often each query is in each resample of Q queries with replacement; [R, Q], rows sum to Q."""
-    drawn: Tensor = torch.randint(num_queries, (num_resamples, num_queries), generator=generator)
-    counts = torch.zeros(num_resamples, num_queries, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(counts)).numpy()
-
-
-def interval(resampled: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    """Percentile interval of resampled means."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def check(sets: Sequence[Ids], num_examples: int) -> None:
