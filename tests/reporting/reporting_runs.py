@@ -59,7 +59,7 @@ class RunBuilder:
         for i, file in enumerate(self.files):
             shown = str(self.label[i]) if label is None else label[i]
             rows.writerow(
-                [i, file, fingerprint(self.raw[i]), "train", shown, *[cells[i] for cells in columns.values()]]
+                [i, file, fingerprint(self.raw[i]), "training", shown, *[cells[i] for cells in columns.values()]]
             )
         write_text(folder / "index.csv", text.getvalue())
         write_tensors(folder / "images.safetensors", {"image": torch.from_numpy(self.raw)})
