@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mucs_cli import __version__
 from mucs_cli.cli import main
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, known_keys
+from mucs_cli.methods import METHODS
 from mucs_cli.stages import status
 
 TINY = ["experiment=digits", "run=r", "device=cpu", "data.limit=32", "training.num_steps=2", "training.warmup_steps=1"]
@@ -81,6 +84,21 @@ def test_a_commands_help_lists_each_of_its_keys_with_its_meaning(
             assert f"  {key}=" not in text
     assert main(["help", command]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_help_has_a_methods_key_again_only_where_its_default_meaning_or_range_differ(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["score", "--help"]) == 0
+    text = capsys.readouterr().out
+    blocks = {block.splitlines()[0]: block for block in text.split("\n\n") if block.startswith("method=")}
+    assert set(blocks) == {f"method={name}" for name in METHODS}
+    assert text.count("  method.projection=sparse ") == 1  # five methods have it
+    assert "  method.num_projections=4096 " in blocks["method=das"]  # the others': 32768
+    assert text.count("  method.num_projections=32768 ") == 1
+    for name, method in METHODS.items():
+        words = set(re.split(r"[\s,.=]+", blocks[f"method={name}"]))
+        assert {entry.name for entry in fields(method.schema)} - {"name"} <= words
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -293,6 +311,30 @@ def test_a_run_is_done_once_and_its_status_told_and_cleaned(here: Path, capsys: 
     assert (here / "r" / "unlearn" / "mucs" / "state.json").exists()
     assert main(["sample", "run=r"]) == 0
     assert "sample: up to date" in capsys.readouterr().err
+
+
+def test_the_status_of_a_run_of_somebody_elses_model_has_no_training(tmp_path: Path) -> None:
+    for name, listed in (("pretrained", False), ("dit", True)):
+        (tmp_path / "run.json").write_text(json.dumps({"config": {"model": {"name": name}}}))
+        assert ("train" in [entry.name for entry in status.entries_of(tmp_path)]) is listed
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("report.k=31", "report.k: got 31; expected at most 30"),
+        ("report.group_k=31", "report.group_k: got 31; expected at most 30"),
+        ("report.group_by=[lable]", "report.group_by: got 'lable'; expected one of label. Did you mean 'label'?"),
+        ("score.group_by=[lable]", "score.group_by: got 'lable'; expected one of label."),
+    ],
+)
+def test_a_run_refuses_what_its_last_stages_cannot_do_before_it_trains(
+    key: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["data.limit=30", "report.k=5"]
+    assert error_of(["run", *TINY, *size, key], capsys).startswith(message)
+    assert not (here / "r" / "train").exists()
+    assert main(["run", *TINY, *size, key, "stages=[train]"]) == 0  # which asks for none of it
 
 
 def test_cleaning_leaves_what_unfinished_stages_need(tmp_path: Path) -> None:

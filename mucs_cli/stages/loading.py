@@ -19,6 +19,7 @@ from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.diffusion.pretrained import Pretrained, load_pretrained
 from mucs_cli.errors import UserError
+from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.stages.context import Context
@@ -92,10 +93,32 @@ def load_inputs(context: Context) -> Inputs:
 
 
 def load_data(context: Context, config: DataConfig | None = None) -> ImageDataset:
-    """The run's data; the run's first stage redoes it with ``overwrite``, or where nothing rests on it yet."""
+    """The run's data; the run's first stage redoes it with ``overwrite``, or where nothing rests on it yet.
+
+    Raises:
+        UserError: the data cannot be used, or a later stage of ``mucs run`` would refuse what it is asked for.
+    """
     first = "sample" if isinstance(context.config.model, PretrainedConfig) else "train"
     overwrite = context.command == first and (context.config.overwrite or not context.folder(first).exists())
-    return load_dataset(config or context.config.data, context.run, overwrite)
+    data = load_dataset(config or context.config.data, context.run, overwrite)
+    check_later_stages(context, data)
+    return data
+
+
+def check_later_stages(context: Context, data: ImageDataset) -> None:
+    """Refuses, before the long stages of ``mucs run``, counts and columns that the data does not have.
+
+    Raises:
+        UserError: ``k``, ``group_k`` or ``group_by`` of a stage that is to come.
+    """
+    for stage in getattr(context.config, "stages", ()):
+        if stage not in ("score", "report"):
+            continue
+        settings = getattr(context.config, stage)
+        choose_groupings(settings.group_by, data.metadata, f"{stage}.group_by")
+        choose_k(settings.group_k, len(data.training), f"{stage}.group_k")
+        if stage == "report":
+            choose_k(settings.k, len(data.training), "report.k")
 
 
 def load_trained_model(context: Context, data: ImageDataset, device: torch.device) -> BaseModel:

@@ -71,7 +71,8 @@ def entries_of(run: Path) -> Iterator[Entry]:
     variants = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
     unlearned = sorted((run / "unlearn").glob("*/"))
     yield entry_of(run, run / "data", [run / "data" / "images.safetensors"])
-    yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
+    if not is_pretrained(run):
+        yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
     yield entry_of(run, run / "sample", [])
     for folder in unlearned or [run / "unlearn"]:
         if folder.name.startswith("_"):  # what variants have in common, and can be computed again
@@ -86,6 +87,12 @@ def entries_of(run: Path) -> Iterator[Entry]:
     for folder in sorted((run / "evaluate").glob("*/")) or [run / "evaluate"]:
         yield entry_of(run, folder, [])
     yield entry_of(run, run / "report", [])
+
+
+def is_pretrained(run: Path) -> bool:
+    """Whether the run's model was trained elsewhere: nothing is trained here then."""
+    model = (read(run / "run.json").get("config") or {}).get("model") or {}
+    return bool(model.get("name") == "pretrained")
 
 
 def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
