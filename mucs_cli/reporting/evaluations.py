@@ -1,4 +1,4 @@
-"""Finished evaluations of a run, as the report shows them: whatever their kind, a table, charts and what they are of."""
+"""Finished evaluations of a run as the report shows them: table, charts and what they are of, whatever the kind."""
 
 import base64
 from collections.abc import Sequence

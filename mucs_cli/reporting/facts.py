@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mucs_cli.artifacts import flatten
+from mucs_cli.artifacts import flatten, is_fingerprint
 from mucs_cli.reporting.results import RunResults
 
 FRAME = (
@@ -142,7 +142,12 @@ def fingerprint_table(results: RunResults, manifests: Mapping[str, Mapping[str, 
     """SHA-256 of what went into each stage and came out of it."""
     rows = [("data", str(results.data.get("fingerprint", "–")))]
     for folder, manifest in manifests.items():
-        rows += [(f"{folder} ← {key}", str(value)) for key, value in flatten(manifest.get("inputs", {})).items()]
+        for key, value in manifest.get("inputs", {}).items():
+            prints = {f" {query}": each for query, each in value.items()} if isinstance(value, dict) else {"": value}
+            if len(prints) > MANY_FILES:
+                rows.append((f"{folder} ← {key}, {len(prints)} queries", f"listed in {folder}/manifest.json"))
+            else:
+                rows += [(f"{folder} ← {key}{query}", each) for query, each in prints.items() if is_fingerprint(each)]
         outputs = manifest.get("outputs", {})
         if len(outputs) > MANY_FILES:
             rows.append((f"{folder} → {len(outputs)} files", f"listed in {folder}/manifest.json"))

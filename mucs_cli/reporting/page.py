@@ -83,7 +83,7 @@ def render_report(results: RunResults, settings: ReportConfig) -> str:
         encoding=encoding,
         reduced=bool(pictures) and max(results.images.shape[2:]) > encoding.side,
         data_facts=results.data.get("facts", {}),
-        headline=headline(results, configs[0]),
+        headline=headline(results, configs),
         unfinished=results.unfinished,
         unfinished_evaluations=results.unfinished_evaluations,
         unscored=[(variant.name, missing) for variant in variants if (missing := results.unscored(variant))],
@@ -111,14 +111,15 @@ def all_queries(variants: Sequence[Variant]) -> list[int]:
     return sorted({query for variant in variants for query in variant.query_ids})
 
 
-def headline(results: RunResults, config: dict[str, Any]) -> list[tuple[str, str]]:
+def headline(results: RunResults, configs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The few numbers at the top of the page."""
     seconds = [manifest.get("seconds") or 0 for manifest in stage_manifests(results).values()]
     first = results.variants[0]
+    draws = list(dict.fromkeys(c["noise_bank.num_draws"] for c in configs if "noise_bank.num_draws" in c))
     found = [
         ("generated images", value_text(len(all_queries(results.variants)))),
         ("training images scored", value_text(len(first.example_ids))),
-        ("noise draws an image", value_text(config.get("noise_bank.num_draws"))),
+        ("noise draws an image", value_text(draws[0] if len(draws) == 1 else draws)),
         (
             "variants" if len(results.variants) > 1 else "variant",
             value_text([v.name for v in results.variants])

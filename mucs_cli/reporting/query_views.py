@@ -53,9 +53,9 @@ class QueryView:
     rows: list[Row]
 
     @property
-    def num_standing_out(self) -> int:
-        """How many variants' highest scores stand out."""
-        return sum(row.standing.stands_out for row in self.rows)
+    def standing_out(self) -> list[str]:
+        """The variants whose highest score stands out."""
+        return [row.variant for row in self.rows if row.standing.stands_out]
 
     def pictures(self) -> Iterator[PictureKey]:
         """Everything of it that is shown as a picture."""

@@ -386,7 +386,7 @@ def spell_ids(ids: Iterable[int]) -> str:
 
 
 def score_text(score: float) -> str:
-    """A score with its sign: four decimals, or five digits of a large one, in scientific notation where it is tiny."""
+    """A score with its sign: four decimals, two of a large one; in scientific notation where it is huge or tiny."""
     if abs(score) >= 10:
-        return f"{score:+.5g}"
+        return f"{score:+.2f}" if abs(score) < 1e5 else f"{score:+.4e}"
     return f"{score:+.4f}" if abs(score) >= 5e-4 or score == 0 else f"{score:+.1e}"
