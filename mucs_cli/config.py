@@ -68,6 +68,11 @@ class PipelineConfig(RootConfig):
 
 
 @dataclass
+class EvaluateCommandConfig(PipelineConfig):
+    plan: bool = option(False, "only say what has to be trained, with time and disk", affects_result=False)
+
+
+@dataclass
 class RunCommandConfig(PipelineConfig):
     stages: list[str] = option(
         ["train", "sample", "unlearn", "score", "report"], "stages to run, in this order", affects_result=False
@@ -117,7 +122,7 @@ COMMANDS: dict[str, Command] = {
         PipelineConfig,
         ("method", "unlearning", "noise_bank", "score"),
     ),
-    "evaluate": Command("judge and compare the scores of several variants", PipelineConfig, ("evaluation",)),
+    "evaluate": Command("judge and compare the scores of several variants", EvaluateCommandConfig, ("evaluation",)),
     "report": Command("write the HTML report", PipelineConfig, ("report",)),
     "show": Command("print a query's top training images", ShowConfig),
     "run": Command(
@@ -298,6 +303,21 @@ def check_across(config: Any) -> None:
     bound = number_or_word(config.unlearning.null_loss, "unlearning.null_loss", NULL_LOSSES)
     if bound == "none" and config.unlearning.num_steps is None:
         raise UserError("unlearning.num_steps", "got null with null_loss=none, where no bound ends it. Set it.")
+    training = config.training
+    if training.patience is not None and training.validate_every is None:
+        raise UserError(
+            "training.patience", f"got {training.patience} without measurements. Set training.validate_every too."
+        )
+    if training.validate_every is not None and training.validate_every > training.num_steps:
+        raise UserError(
+            "training.validate_every",
+            f"got {training.validate_every}; expected at most training.num_steps={training.num_steps}.",
+        )
+    if training.validate_every is not None and not config.data.holdout:
+        raise UserError(
+            "training.validate_every",
+            f"got {training.validate_every} without held-out images. Set data.holdout to how many to keep for it.",
+        )
     for name in ("sampler", "noise_bank"):
         section = getattr(config, name)
         if section.sigma_min >= section.sigma_max:

@@ -26,6 +26,7 @@ EXAMPLES = {
     "evaluate": [
         "mucs evaluate run=outputs/digits",
         "mucs evaluate run=outputs/digits evaluation.variants=[mucs,pixel] evaluation.k=20",
+        "mucs evaluate run=outputs/digits evaluation=retrieval evaluation.relevant=class",
     ],
     "report": ["mucs report run=outputs/digits", "mucs report run=outputs/digits report.k=20"],
     "show": ["mucs show run=outputs/digits query=3 k=5", "mucs show run=outputs/digits query=3 --bottom"],

@@ -221,6 +221,15 @@ class TrainingConfig:
     )
     horizontal_flip: bool = option(False, "mirror images at random")
     augmentation: float = option(0.0, "probability of each EDM augmentation (non-leaking)", minimum=0, maximum=1)
+    validate_every: int | None = option(
+        None,
+        "updates between measurements of the loss on the held-out images (data.holdout), whose best weights are used; "
+        "null: none, the last weights are",
+        minimum=1,
+    )
+    patience: int | None = option(
+        None, "measurements without a lower loss after which training stops; null: never", minimum=1
+    )
     checkpoint_every_seconds: float = option(60.0, "time between resumable checkpoints", above=0, affects_result=False)
     seed: int = option(II("seed"), "seed of initialisation, order, noise and dropout")
 
@@ -247,6 +256,9 @@ class QueriesConfig:
 class SampledQueriesConfig(QueriesConfig):
     name: str = option("sampled", "where the images to explain come from; set by queries=")
     num: int = option(10, "generated images to explain", minimum=1)
+    held_out: int = option(
+        0, "held-out images (data.holdout) to explain as well, after the generated ones; drawn by seed", minimum=0
+    )
     seed: int = option(II("seed"), "seed of the first query; query i has a stream of its own")
     classes: list[int] | None = option(None, "classes to sample in turn, for a conditional model; null: all")
 
@@ -370,6 +382,35 @@ class EvaluationConfig:
     variants: list[str] | None = option(
         None, "finished variants, folder names below score/, for example [mucs,pixel]; null: all"
     )
+
+
+@dataclass
+class RetrainingEvaluationConfig(EvaluationConfig):
+    """Keys of every evaluation that trains models anew."""
+
+    worker: int | None = option(
+        None,
+        "any number: only train, sharing the models with other workers, for example evaluation.worker=0,1,2,3 with -m; "
+        "null: train what is missing, then evaluate",
+        affects_result=False,
+    )
+
+
+@dataclass
+class MetricsConfig(EvaluationConfig):
+    """Keys of every evaluation that compares pictures; the weights decide its results, wherever they lie."""
+
+    metrics: list[str] = option(
+        ["ssim", "mae", "cosine"], "similarities of pictures: ssim, mae, cosine, lpips, clip, dino, sscd"
+    )
+    lpips_path: str | None = option(None, "lpips: the file that scripts/convert/lpips.py wrote", affects_result=False)
+    clip_path: str | None = option(
+        None, "clip: folder of a CLIP model in safetensors, or its name on the hub", affects_result=False
+    )
+    dino_path: str | None = option(
+        None, "dino: folder of a DINO or DINOv2 model in safetensors, or its name on the hub", affects_result=False
+    )
+    sscd_path: str | None = option(None, "sscd: the file that scripts/convert/sscd.py wrote", affects_result=False)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mucs_cli import __version__
 from mucs_cli.cli import main
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, known_keys
+from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.methods import METHODS
 from mucs_cli.stages import status
 
@@ -373,7 +374,7 @@ def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(
         ("mucs train training.decay=c", ["training.decay=constant", "training.decay=cosine"]),
         ("mucs show bottom=", ["bottom=true", "bottom=false"]),
         ("mucs e", ["evaluate"]),
-        ("mucs evaluate evaluation=", ["evaluation=overlap"]),
+        ("mucs evaluate evaluation=", [f"evaluation={name}" for name in EVALUATIONS]),
         ("mucs score run=r method=p", ["method=pixel"]),
         ("mucs nope run", []),
     ],

@@ -7,11 +7,8 @@ nothing else. Where the source may have changed, or the cache was cleaned, the i
 against the index.
 """
 
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from mucs_cli.data.images import ImageDataset, block_size
 from mucs_cli.data.record import CACHE, CONDITIONS, INDEX, MismatchError, Record, write_index
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
+from mucs_cli.locks import locked
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
 from mucs_cli.schemas import DataConfig, DigitsConfig, HuggingFaceConfig, ImageFolderConfig, PictureConfig
@@ -129,26 +127,6 @@ def identity(config: DataConfig) -> dict[str, Any]:
     if config.holdout == 0:
         values.pop("seed")
     return values
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds off other processes (the jobs of a parallel sweep) that would fill the same folder.
-
-    Raises:
-        UserError: the folder cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(str(folder), f"cannot be written ({error.strerror}). Choose another run=.") from error
-    try:
-        with suppress(OSError):  # some network file systems have no locks; a single process needs none
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def load_known(config: DataConfig, source: Source, stage: Stage) -> Record:

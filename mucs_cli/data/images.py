@@ -75,6 +75,11 @@ class ImageDataset:
         chosen = np.zeros(len(ids), dtype=np.int64) if choice is None else choice.numpy()
         return torch.from_numpy(np.array(self.condition[ids, chosen]))
 
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """int64, sorted example_ids that are not trained on."""
+        return np.setdiff1d(np.arange(len(self)), self.training)
+
     @property
     def condition_dim(self) -> int:
         """Length of a condition vector; 0 without vectors."""

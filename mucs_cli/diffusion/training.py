@@ -4,7 +4,8 @@ Every step is a function of (seed, step) and the state, so that a resumed run re
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class TrainingSettings:
     condition_dropout: float = 0.1
     horizontal_flip: bool = False
     augmentation: float = 0.0
+    validate_every: int | None = None
+    patience: int | None = None
     seed: int = 0
 
 
@@ -70,11 +73,66 @@ class Trainer:
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
         self.losses: list[float] = []
         """Mean loss of the batch of every step so far, before its update."""
+        self.validation: list[float] = []
+        """Held-out loss of the average after every ``validate_every`` updates."""
+        self.best: dict[str, Tensor] = {}
+        """The average where that was lowest; empty before the first measurement."""
 
     @property
     def step(self) -> int:
         """Updates taken."""
         return len(self.losses)
+
+    @property
+    def is_finished(self) -> bool:
+        """All updates taken, or no lower held-out loss for ``patience`` measurements."""
+        patience, measured = self.settings.patience, self.validation
+        if patience is not None and len(measured) - (self._best_measurement() + 1) >= patience:
+            return True
+        return self.step >= self.settings.num_steps
+
+    @property
+    def best_step(self) -> int:
+        """The update after which the weights that are used were taken."""
+        every = self.settings.validate_every
+        return self.step if every is None else (self._best_measurement() + 1) * every
+
+    def _best_measurement(self) -> int:
+        """Position of the lowest held-out loss, the first of equal ones; -1 before the first."""
+        return min(range(len(self.validation)), key=self.validation.__getitem__, default=-1)
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights to use: the average, where it was best on the held-out images if it was measured on them."""
+        return self.best or self.average
+
+    @contextmanager
+    def averaged(self) -> Iterator[Denoiser]:
+        """The denoiser with the averaged weights, in evaluation mode; afterwards it has its own again."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.average[name]
+            self.denoiser.network.eval()
+            yield self.denoiser
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
+
+    def validate(self, measure: Callable[[Denoiser], float]) -> None:
+        """Measures the averaged weights, and keeps a copy where none before were as good.
+
+        Args:
+            measure: the held-out loss of a denoiser.
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        with self.averaged() as denoiser:
+            loss = measure(denoiser)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"held-out loss {loss} at step {self.step}")
+        self.validation.append(loss)
+        if self._best_measurement() == len(self.validation) - 1:
+            self.best = {name: tensor.clone() for name, tensor in self.average.items()}
 
     def update(self, image: Tensor, condition: Tensor | None) -> float:
         """One update on a batch; returns its mean loss.
@@ -141,7 +199,11 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, as named tensors."""
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        tensors = {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "validation": torch.tensor(self.validation, dtype=torch.float64),
+            **{f"best.{name}": tensor for name, tensor in self.best.items()},
+        }
         for name, parameter in self.parameters.items():
             tensors[f"weight.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = self.average[name]
@@ -153,6 +215,9 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Goes on from what ``state`` returned."""
         self.losses = tensors["losses"].tolist()
+        self.validation = tensors["validation"].tolist()
+        if self.validation:
+            self.best = {name: tensors[f"best.{name}"].to(self.average[name].device) for name in self.parameters}
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
             self.average[name].copy_(tensors[f"average.{name}"])
@@ -168,7 +233,19 @@ def train(
     trainer: Trainer,
     batch: Callable[[int], tuple[Tensor, Tensor | None]],
     on_step: Callable[[float], None],
+    measure: Callable[[Denoiser], float] | None = None,
 ) -> None:
-    """Updates until ``num_steps`` are done; ``batch(step)`` gives the images, ``on_step(loss)`` follows each update."""
-    while trainer.step < trainer.settings.num_steps:
-        on_step(trainer.update(*batch(trainer.step)))
+    """Updates until the trainer is finished.
+
+    Args:
+        trainer: fresh, or with the state of an interrupted run.
+        batch: step -> images and conditions.
+        on_step: called with the loss after each update.
+        measure: the held-out loss of a denoiser; needed with ``validate_every``.
+    """
+    every = trainer.settings.validate_every
+    while not trainer.is_finished:
+        loss = trainer.update(*batch(trainer.step))
+        if every is not None and measure is not None and trainer.step % every == 0:
+            trainer.validate(measure)
+        on_step(loss)

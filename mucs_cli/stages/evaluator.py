@@ -1,10 +1,14 @@
 """What ``mucs evaluate`` asks of an evaluation: its inputs, its results, and how they look as a table."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mucs_cli.reporting.tables import Table
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.loading import load_inputs
+from mucs_cli.stages.retraining import Retraining, Retrainings
 
 
 class Evaluator(ABC):
@@ -28,6 +32,30 @@ class Evaluator(ABC):
     def table(self, results: dict[str, Any]) -> Table:
         """The results, as ``evaluate`` gave them, for the reader."""
 
+    def files(self, folder: Path) -> list[Path]:
+        """Writes what else belongs to the results, after ``evaluate``; returns the files."""
+        return []
+
     def facts(self) -> dict[str, Any]:
         """What the manifest is to record."""
         return {}
+
+
+class RetrainingEvaluator(Evaluator):
+    """An evaluation that needs models trained anew.
+
+    Attributes:
+        base: device, data and base model.
+        models: the retrained models.
+    Raises:
+        UserError: the base model was not trained in this run.
+    """
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self.base = load_inputs(context)
+        self.models = Retrainings(context, self.base)
+
+    @abstractmethod
+    def retrainings(self) -> Sequence[Retraining]:
+        """The models that ``evaluate`` needs; some may be there already."""

@@ -258,18 +258,24 @@ def refuse_other_conditions(other: Pretrained, data: ImageDataset, path: Path) -
 # --- queries ---------------------------------------------------------------------------------------------------------
 
 
+ROLES = {"generated": 0, "held_out": 2}
+"""What a query is -> its number in samples.safetensors (1 is what files call a control)."""
+
+
 @dataclass(frozen=True)
 class Queries:
     """All queries of the run, and which of them this command works on.
 
     image: [Q, C, H, W] in the model's space. picture: [Q, C, H, W] in [-1, 1], the same where that is no latent space.
     condition: [Q] labels, [Q, d] vectors or None; query i is row i.
-    fingerprints: of every query, by id. selected: ids, sorted, as ``queries.index`` chooses them.
+    role: of every query, see ``ROLES``. fingerprints: of every query, by id. selected: ids, sorted, as
+    ``queries.index`` chooses them.
     """
 
     image: Tensor
     picture: Tensor
     condition: Tensor | None
+    role: list[int]
     fingerprints: Mapping[int, str]
     selected: list[int]
 
@@ -304,7 +310,8 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
     fingerprints = {int(query): print_ for query, print_ in manifest["queries"].items()}
     selected = chosen_queries(context.config.queries.index, len(fingerprints))
     image = tensors["image"]
-    return Queries(image, tensors.get("picture", image), tensors.get("condition"), fingerprints, selected)
+    picture, condition, role = tensors.get("picture", image), tensors.get("condition"), tensors["role"].tolist()
+    return Queries(image, picture, condition, role, fingerprints, selected)
 
 
 def chosen_queries(index: Any, count: int) -> list[int]:

@@ -1,0 +1,182 @@
+"""Training a model on images of the run, resumably: what ``mucs train`` and every retraining have in common."""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mucs_cli.artifacts import read_tensors, write_tensors, write_text
+from mucs_cli.data.dataset import ImageDataset
+from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.diffusion.training import Trainer, TrainingSettings, learning_rate_at, train
+from mucs_cli.errors import UserError
+from mucs_cli.rng import ShuffledOrder, generator
+from mucs_cli.runtime import Progress, log
+from mucs_cli.schemas import TrainingConfig
+
+METRIC_ROWS = 500
+
+
+def fit(
+    trainer: Trainer,
+    data: ImageDataset,
+    ids: np.ndarray,
+    folder: Path,
+    config: TrainingConfig,
+    device: torch.device,
+    title: str = "train",
+) -> dict[str, Any]:
+    """Trains to the end, from where an interrupted attempt was; returns facts for the manifest.
+
+    Args:
+        trainer: fresh, its network on the device.
+        data: the run's.
+        ids: example ids of the images to train on; sorted, int64 [n].
+        folder: gets ``checkpoint/`` while it trains, then ``metrics.csv`` and, if measured, ``validation.csv``.
+        config: for messages, and how often to save.
+        device: where to compute.
+        title: of the progress.
+    Raises:
+        UserError: the loss is not finite any more, or a file cannot be written.
+    """
+    settings = trainer.settings
+    resume(trainer, folder / "checkpoint", title)
+    order = ShuffledOrder(len(ids), settings.seed, "order")
+    conditional = trainer.denoiser.network.is_conditional
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        chosen = ids[order.batch(step, settings.batch_size).numpy()]
+        condition = None
+        if conditional:
+            source = generator(settings.seed, "choice_of_condition", step)
+            choice = torch.randint(max(1, data.conditions_per_image), (len(chosen),), generator=source)
+            condition = data.conditions(chosen, choice)
+        return data.images(chosen).to(device), None if condition is None else condition.to(device)
+
+    last_saved = time.monotonic()
+    started, first = last_saved, trainer.step
+    with Progress(title, settings.num_steps, "steps", trainer.step) as progress:
+
+        def on_step(loss: float) -> None:
+            nonlocal last_saved
+            note = f", held-out {trainer.validation[-1]:.3f}" if trainer.validation else ""
+            progress.advance(note=f"loss {loss:.3f}{note}")
+            if time.monotonic() - last_saved > config.checkpoint_every_seconds:
+                save_checkpoint(trainer, folder / "checkpoint")
+                last_saved = time.monotonic()
+
+        try:
+            train(trainer, batch, on_step, held_out_loss(data, settings, device))
+        except FloatingPointError as error:
+            raise UserError(
+                "training.learning_rate",
+                f"got a non-finite {error} with {settings.learning_rate}. Lower it; checkpoints up to there are kept "
+                f"in {folder / 'checkpoint'}.",
+            ) from error
+    write_metrics(trainer, folder / "metrics.csv")
+    if trainer.validation:
+        write_validation(trainer, folder / "validation.csv")
+    tail = trainer.losses[-max(1, trainer.step // 20) :]
+    return {
+        "final_loss": math.fsum(tail) / len(tail),
+        "steps_per_second": round((trainer.step - first) / (time.monotonic() - started), 2),
+        "best_step": trainer.best_step,
+        **({"held_out_loss": min(trainer.validation)} if trainer.validation else {}),
+    }
+
+
+def held_out_loss(
+    data: ImageDataset, settings: TrainingSettings, device: torch.device
+) -> Callable[[Denoiser], float] | None:
+    """The mean loss of the held-out images, a fixed draw (sigma, noise) each; None where it is not asked for.
+
+    The draws are of the stream ("held_out_loss", block), whatever the training seed: losses of retrainings compare.
+    """
+    if settings.validate_every is None:
+        return None
+    ids, size = data.held_out, settings.micro_batch_size or settings.batch_size
+
+    @torch.no_grad()
+    def measure(denoiser: Denoiser) -> float:
+        losses = []
+        for block, start in enumerate(range(0, len(ids), size)):
+            image = data.images(ids[start : start + size])
+            source = generator(0, "held_out_loss", block)
+            sigma, noise = denoiser.training_sigma(len(image), source), torch.randn(image.shape, generator=source)
+            condition = data.conditions(ids[start : start + size]) if denoiser.network.is_conditional else None
+            arguments = (image, noise, sigma, condition)
+            losses.append(denoiser.loss(*(None if part is None else part.to(device) for part in arguments)).cpu())  # type: ignore[arg-type]
+        return float(torch.cat(losses).double().mean())
+
+    return measure
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What ``fit`` left in the folder for good."""
+    return [path for name in ("metrics.csv", "validation.csv") if (path := folder / name).exists()]
+
+
+def save_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Writes the state after the current step; the last two stay."""
+    write_tensors(folder / f"step_{trainer.step:09d}.safetensors", trainer.state())
+    for old in sorted(folder.glob("step_*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def resume(trainer: Trainer, folder: Path, title: str) -> None:
+    """Loads the newest readable checkpoint, if there is one."""
+    for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
+        try:
+            trainer.load_state(read_tensors(path))
+        except UserError as error:
+            log.warning("%s; trying the one before", error)
+            continue
+        log.info("%s: going on from step %d (%s)", title, trainer.step, path)
+        return
+
+
+def write_metrics(trainer: Trainer, path: Path) -> None:
+    """``step,loss,learning_rate``: mean losses over windows of steps, about 500 rows."""
+    settings, losses = trainer.settings, trainer.losses
+    window = max(1, math.ceil(len(losses) / METRIC_ROWS))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["step", "loss", "learning_rate"])
+    for start in range(0, len(losses), window):
+        part = losses[start : start + window]
+        last = start + len(part)
+        rows.writerow([last, f"{math.fsum(part) / len(part):.6g}", f"{learning_rate_at(last - 1, settings):.6g}"])
+    write_text(path, text.getvalue())
+
+
+def write_validation(trainer: Trainer, path: Path) -> None:
+    """``step,loss``: the held-out losses of the averaged weights."""
+    every = trainer.settings.validate_every or 1
+    rows = [f"{(i + 1) * every},{loss:.6g}" for i, loss in enumerate(trainer.validation)]
+    write_text(path, "\n".join(["step,loss", *rows]) + "\n")
+
+
+def training_settings(c: TrainingConfig) -> TrainingSettings:
+    """The section of the configuration, as the trainer takes it."""
+    return TrainingSettings(
+        num_steps=c.num_steps,
+        batch_size=c.batch_size,
+        micro_batch_size=c.micro_batch_size,
+        learning_rate=c.learning_rate,
+        weight_decay=c.weight_decay,
+        warmup_steps=c.warmup_steps,
+        decay=c.decay,
+        ema_decay=c.ema_decay,
+        condition_dropout=c.condition_dropout,
+        horizontal_flip=c.horizontal_flip,
+        augmentation=c.augmentation,
+        validate_every=c.validate_every,
+        patience=c.patience,
+        seed=c.seed,
+    )
