@@ -1,12 +1,13 @@
 """Finished evaluations of a run as the report shows them: table, charts and what they are of, whatever the kind."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mucs_cli.artifacts import flatten
+from mucs_cli.artifacts import flatten, is_fingerprint
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.reporting.facts import duration, value_text
 from mucs_cli.reporting.results import RunResults, optional_manifest, read_file
@@ -15,6 +16,8 @@ from mucs_cli.reporting.tables import Cell, Estimate, Table, cell_text, heading
 BOUNDS = ("_low", "_high")
 RASTER = b"<image"
 """What an SVG holds that shows pictures; line art has none."""
+MARKS = {"best": re.compile(r"\*\*(.*)\*\*"), "tied": re.compile("_(.*)_")}
+"""How table.md marks the best of a column, and what is not distinguishable from it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class EvaluationView:
         facts: what it is of and when it was made, name and value.
         title: of the table.
         columns: names; those that hold numbers are in ``numeric``.
-        rows: cells as text.
+        rows: cells as text, each with its mark, a key of ``MARKS``, or "".
+        marks: those that there are.
         num_left_out: charts that hold pictures, which this report is not to show.
         outdated: variants whose scores have changed since.
     """
@@ -44,7 +48,8 @@ class EvaluationView:
     title: str
     columns: list[str]
     numeric: list[bool]
-    rows: list[list[str]]
+    rows: list[list[tuple[str, str]]]
+    marks: list[str]
     charts: list[Chart]
     num_left_out: int
     outdated: list[str]
@@ -65,9 +70,10 @@ def evaluation_views(results: RunResults, images: bool) -> list[EvaluationView]:
 
 def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], images: bool) -> EvaluationView:
     folder = results.run / "evaluate" / name
-    title = read_file(folder, manifest, "table.md").decode().partition("\n")[0]
+    title, _, _, _, *lines = read_file(folder, manifest, "table.md").decode().splitlines()  # 3: columns, 4: a rule
     read_file(folder, manifest, "table.csv")
-    table = as_table(title, read_rows(folder / "table.csv", "evaluate"))
+    table = as_table(without_legend(title), read_rows(folder / "table.csv", "evaluate"))
+    marks = [[mark_of(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     files = [file for file in manifest["outputs"] if file.startswith("charts/") and file.endswith(".svg")]
     drawings = {file: read_file(folder, manifest, file) for file in files}
     shown = {file: svg for file, svg in drawings.items() if images or RASTER not in svg}
@@ -77,7 +83,11 @@ def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], im
         title=table.title,
         columns=[heading(column) for column in table.columns],
         numeric=[not table.is_text(column) for column in range(len(table.columns))],
-        rows=[[cell_text(cell) for cell in row] for row in table.rows],
+        rows=[
+            [(cell_text(cell), mark if isinstance(cell, Estimate) else "") for cell, mark in zip(*both, strict=True)]
+            for both in zip(table.rows, marks, strict=True)
+        ],
+        marks=[mark for mark in MARKS if any(mark in row for row in marks)],
         charts=[
             Chart(heading(PurePosixPath(file).stem), "data:image/svg+xml;base64," + base64.b64encode(svg).decode())
             for file, svg in shown.items()
@@ -87,13 +97,26 @@ def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], im
     )
 
 
+def mark_of(cell: str) -> str:
+    """The mark of a cell of table.md, a key of ``MARKS``; "" for none."""
+    return next((mark for mark, pattern in MARKS.items() if pattern.fullmatch(cell.strip())), "")
+
+
+def without_legend(title: str) -> str:
+    """The title of table.md without what explains its marks."""
+    return "; ".join(clause for clause in title.split("; ") if not mark_of(clause))
+
+
 def evaluation_facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     inputs, config = manifest.get("inputs", {}), flatten(manifest.get("config", {}).get("evaluation", {}))
     settings = [f"{key} {value_text(value)}" for key, value in config.items() if key != "name" and value is not None]
     found = [
         ("made", f"{manifest['ended'].replace('T', ' ').replace('+00:00', ' UTC')}, in {duration(manifest['seconds'])}")
     ]
-    found += [(key, value_text(inputs[key])) for key in ("variants", "queries") if key in inputs]
+    named = ((key, inputs[key]) for key in ("variants", "queries") if key in inputs)
+    found += [(key, value_text(value)) for key, value in named if not is_fingerprint(value)]
+    counts = manifest.get("counts", {}).items()
+    found += [("counts", "; ".join(f"{heading(key)} {value_text(value)}" for key, value in counts))] if counts else []
     return [*found, ("settings", "; ".join(settings) or "the defaults")]
 
 

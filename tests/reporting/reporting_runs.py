@@ -27,6 +27,11 @@ from mucs_cli.stages.context import Context
 LEVELS = 16
 METADATA = "label"
 TABLE = "variant,queries,auc,auc_low,auc_high,expected\nmucs,3,0.66,0.5,0.75,0.5\npixel <b>,3,0.4,,,0.5\n"
+MARKDOWN = (
+    "results of {name}, 95% intervals; of what; **best**; _not distinguishable from the best_\n\n"
+    "| variant | queries | auc | expected |\n| :-- | --: | --: | --: |\n"
+    "| mucs | 3 | **0.660 [0.500, 0.750]** | 0.500 |\n| pixel <b> | 3 | _0.400_ | 0.500 |\n"
+)
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="120" height="60" viewBox="0 0 120 60">{}</svg>'
 LINE_ART = SVG.format('<style>rect{fill:#0072b2}</style><rect style="stroke:#000" width="120" height="60"/>')
 PHOTOGRAPH = SVG.format('<image width="1" height="1" href="data:image/png;base64,iVBORw0KGgo="/>')
@@ -212,19 +217,19 @@ class RunBuilder:
         manifest["outputs"]["members.json"] = {"sha256": sha256_file(folder / "members.json"), "bytes": 1}
         write_json(folder / "manifest.json", manifest)
 
-    def evaluation(self, name: str = "overlap", rows: str = TABLE, charts: Mapping[str, str] | None = None) -> None:
-        """``rows``: of table.csv, header first; ``charts``: name -> SVG."""
+    def evaluation(self, name: str = "overlap", charts: Mapping[str, str] | None = None) -> None:
+        """``charts``: name -> SVG."""
         folder = self.run / "evaluate" / name
         scores = read_json(self.run / "score" / "mucs" / "manifest.json")["outputs"]["scores.safetensors"]["sha256"]
         inputs = {"variants": ["mucs"], "queries": "all", "scores of mucs": scores}
         stage = Stage(folder, "evaluate", {"config": {"evaluation": {"name": name, "k": 5}}, "inputs": inputs})
         stage.begin()
-        write_text(folder / "table.csv", rows)
-        write_text(folder / "table.md", f"results of {name}, 95% intervals\n\n| a |\n")
+        write_text(folder / "table.csv", TABLE)
+        write_text(folder / "table.md", MARKDOWN.format(name=name))
         drawn = [folder / "charts" / f"{chart}.svg" for chart in charts or {}]
         for path, svg in zip(drawn, (charts or {}).values(), strict=True):
             write_text(path, svg)
-        stage.finish({}, [folder / "table.csv", folder / "table.md", *drawn])
+        stage.finish({"counts": {"models": 3}}, [folder / "table.csv", folder / "table.md", *drawn])
 
     def all(self) -> "RunBuilder":
         self.data()

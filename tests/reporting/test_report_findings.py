@@ -98,10 +98,14 @@ def test_an_evaluation_stands_with_its_table_its_charts_and_what_it_is_of(finish
     finished.evaluation("lds", charts={"interval_bars": LINE_ART})
     page = Page(make_report(finished.run, k=3))
     shown = part(page, "Linear datamodeling score", "Groups over all")
-    assert "results of lds, 95% intervals variant queries auc expected" in shown
+    assert (
+        "results of lds, 95% intervals; of what; bold : the best; underlined : not distinguishable from the best "
+        "variant queries auc expected" in shown
+    )
+    assert "<b>0.660 [0.500, 0.750]</b>" in page.source and "<u>0.400</u>" in page.source
     assert "mucs 3 0.660 [0.500, 0.750] 0.500" in shown
     assert "pixel <b> 3 0.400 0.500" in shown
-    assert "variants mucs queries all settings k 5" in shown
+    assert "variants mucs queries all counts models 3 settings k 5" in shown
     assert read_json(finished.run / "evaluate" / "lds" / "manifest.json")["ended"][:10] in shown
     (chart,) = page.all("img")
     assert chart["src"] == "data:image/svg+xml;base64," + base64.b64encode(LINE_ART.encode()).decode()
@@ -114,7 +118,7 @@ def test_an_evaluation_stands_with_its_table_its_charts_and_what_it_is_of(finish
         ("overlap", "it describes the data rather than the query"),
         ("retrieval", "It does not show that those images caused the query"),
         ("lds", "a good LDS does not show that the first image of a ranking is a cause"),
-        ("counterfactual", "0.5 is no better than random"),
+        ("counterfactual", "against a random baseline 0.5 is no better than random"),
         ("of_my_own", "what its numbers mean is said where it is defined"),
     ],
 )
