@@ -427,3 +427,4 @@ class ReportConfig:
         "highest scores of a query of which each group's share is shown; null: 1 % of the images, at least 10",
         minimum=1,
     )
+    images: bool = option(True, "pictures; false: file names and scores only, for data that must not travel")
