@@ -316,6 +316,7 @@ def heat_map(names: Sequence[str], values: NDArray[np.float64], title: str, low:
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02)
     bar.outline.set_visible(False)
+    bar.solids.set_rasterized(False)  # no picture in the SVG: a report without pictures may keep it
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=FONT_SIZE)
     return figure
 
@@ -337,7 +338,7 @@ def image_pairs(rows: Sequence[str], columns: Sequence[str], images: Sequence[Se
 
     names = short_names(rows, 20)
     headings = ["\n".join(textwrap.wrap(elided(name, 36), 13)) for name in columns]
-    width = len(columns) + CHARACTER * max(map(len, names)) + 0.3
+    width = len(columns) + CHARACTER * max(map(len, names)) + 0.6
     figure = Figure(
         (width, len(rows) + 0.15 * (1 + max(map(str.count, headings, "\n" * len(headings))))), layout="constrained"
     )
