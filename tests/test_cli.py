@@ -266,7 +266,12 @@ def test_an_interrupted_run_says_how_to_go_on(number: int, code: int, tmp_path: 
         "training.checkpoint_every_seconds=0.2",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mucs_cli", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "mucs_cli", *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background, such as these tests, with the interrupt ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 90
     while not (tmp_path / "r" / "train" / "checkpoint").exists():
