@@ -13,8 +13,10 @@ from rich.text import Text
 
 DIGITS = 3
 MISSING = "–"
-PIPE_WIDTH = 160
-"""Columns where the output is no terminal: enough that no cell is cut."""
+PIPE_WIDTH, UNLIMITED = 160, 10_000
+"""Columns where the output is no terminal: more where a table is wider, so that no cell is cut."""
+NAME_WIDTH = 8
+"""Least width of a column of names on a terminal."""
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -148,17 +150,20 @@ def to_latex(table: Table) -> str:
 
 
 def print_table(table: Table, stream: TextIO) -> None:
-    console = Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+    """Prints it: in full where the output is no terminal; on one, cells break at spaces and no name disappears."""
     title = Text(title_with_marks(table, IN_TERMINAL))
     shown = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(table.columns):
         is_text = table.is_text(column)
-        shown.add_column(heading(name), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+        word = max((len(word) for row in table.rows for word in cell_text(row[column]).split()), default=0)
+        least = min(word, NAME_WIDTH) if is_text else word
+        shown.add_column(heading(name), justify="left" if is_text else "right", overflow="fold", min_width=least)
     for row in table.rows:
         marks = [mark_of(cell) for cell in row]
         texts = [IN_TERMINAL[mark].format(cell_text(cell)) for mark, cell in zip(marks, row, strict=True)]
         shown.add_row(*(Text(text, TERMINAL_STYLES[mark]) for mark, text in zip(marks, texts, strict=True)))
-    console.print(shown)
+    width = None if stream.isatty() else max(PIPE_WIDTH, Console(width=UNLIMITED).measure(shown).maximum)
+    Console(file=stream, highlight=False, width=width).print(shown)
 
 
 def mark_of(cell: Cell) -> Mark:

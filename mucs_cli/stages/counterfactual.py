@@ -15,12 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import (
-    fingerprint,
-    read_tensors,
-    sha256_file,
-    write_tensors,
-)
+from mucs_cli.artifacts import fingerprint, read_tensors, sha256_file, write_tensors
 from mucs_cli.config import result_config
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
@@ -37,12 +32,14 @@ from mucs_cli.evaluation.measures.removal import (
 )
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE, MIN_CLUSTERS, Floats
 from mucs_cli.evaluation.metrics import load_metrics, metric_paths
-from mucs_cli.reporting import charts
-from mucs_cli.reporting.tables import Estimate, Table, leaves_out_zero, marked
+from mucs_cli.reporting.charts import image_pairs
+from mucs_cli.reporting.tables import Table
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import Progress
 from mucs_cli.schemas import SampledQueriesConfig
+from mucs_cli.stages import counterfactual_views as views
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.counterfactual_views import MEAN, NO_REMOVAL, OTHER_PICTURES, RANDOM, matched_to, others_of
 from mucs_cli.stages.encoding import decode
 from mucs_cli.stages.evaluator import RetrainingEvaluator
 from mucs_cli.stages.finished import SCORES, ScoreFiles
@@ -54,9 +51,8 @@ from mucs_cli.stages.pooled_runs import (
     TARGET,
     Key,
     Pooled,
-    other_run,
+    other_runs,
     pool,
-    read_finished,
     write_samples,
 )
 from mucs_cli.stages.retraining import Retraining
@@ -64,36 +60,18 @@ from mucs_cli.stages.retraining import Retraining
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RANDOM = "random removal"
-"""The baseline: for each target as many images as for a method, drawn at random."""
-NO_REMOVAL = "no removal"
-"""The noise floor: nothing is removed, another training seed."""
 NUM_SHOWN = 6
 """Targets whose pictures the chart of pairs shows."""
-OTHER_PICTURES = "other pictures"
-"""The reference: pictures of different queries, before any removal."""
-MEAN = "mean"
-"""The mean of all metrics, where there are several."""
 Ids = np.ndarray
-
-
-def matched_to(method: str) -> str:
-    """The baseline that removes as many images as a method's union has, at random."""
-    return f"random, as many as {method}"
-
-
-def others_of(method: str) -> str:
-    """removal=per_query: pictures under the removals for the other targets."""
-    return f"{method}, for other targets"
 
 
 class CounterfactualEvaluator(RetrainingEvaluator):
     """Pictures before and after training without what the chosen variants name.
 
     Raises:
-        UserError: queries were not sampled, no scores have finished, a variant cannot be used or lacks a chosen query,
-            ``evaluation.k`` is too large, a metric cannot be loaded or applied, another run does not fit, or the base
-            model was not trained in this run.
+        UserError: queries were not sampled, no scores have finished, a variant cannot be used, lacks a chosen query or
+            has no top image for it, ``evaluation.k`` leaves no image, a metric cannot be loaded or applied, another run
+            does not fit, or the base model was not trained in this run.
     """
 
     def __init__(self, context: Context):
@@ -118,14 +96,29 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         self.variants = [files.read(name) for name in self.names]
         for variant in self.variants:
             variant.require(self.targets, "evaluation.variants")
+            for query in self.targets:
+                if np.ptp(variant.row(query)) == 0:
+                    raise UserError(
+                        "evaluation.variants",
+                        f"got {variant.name}, whose scores of query {query} are all the same: none is on top. "
+                        "Leave it out, or choose other queries by queries.index.",
+                    )
         self.k = self.config.k or default_count(files.num_images)
         if self.k >= files.num_images:
             raise UserError("evaluation.k", f"got {self.k}; expected less than the {files.num_images} training images.")
+        for name, sets in ((name, sets) for of_seed in self.removals for name, sets in of_seed.items()):
+            if any(len(ids) == files.num_images for ids in sets):
+                raise UserError(
+                    "evaluation.k",
+                    f"got {self.k}, with which {name} removes all {files.num_images} training images. Choose a smaller "
+                    "one, fewer targets by queries.index, or evaluation.removal=per_query.",
+                )
         self.seeds = [self.models.base_seed + repeat for repeat in range(self.config.num_seeds)]
         self.metrics = load_metrics(self.config.metrics, metric_paths(self.config), self.base.device)
         for metric in self.metrics.values():  # an encoder may not take pictures of this shape
             metric(self.queries.picture[:1], self.queries.picture[:1])
-        self.others = [other_run(Path(path), self.context) for path in self.config.runs or []]
+        runs = [Path(path).expanduser() for path in self.config.runs or []]
+        self.others = other_runs(runs, context, files.model, self.names)
         self.inputs = {
             "dataset": files.dataset,
             "model": files.model,
@@ -139,21 +132,28 @@ class CounterfactualEvaluator(RetrainingEvaluator):
     # --- what is removed, and what is trained -------------------------------------------------------------------------
 
     @cached_property
-    def removals(self) -> dict[str, list[Ids]]:
-        """Method or baseline -> example ids of each of its removals: one in all, or one a target."""
-        ids = self.base.data.training
-        seed = self.config.seed
-        sets = {
+    def removals(self) -> list[dict[str, list[Ids]]]:
+        """For each training seed: method or baseline -> example ids of its removals; one in all, or one a target.
+
+        A method removes the same images for every training seed. Random ones are drawn anew, so that intervals over
+        seeds hold for other draws as well.
+        """
+        tops = {
             variant.name: list(top_ids(variant.rows(self.targets).numpy(), variant.example_ids, self.k))
             for variant in self.variants
         }
-        sets[RANDOM] = [random_matched(ids, self.k, generator(seed, "random_removal", q)) for q in self.targets]
+        return [self._with_random(tops, repeat) for repeat in range(self.config.num_seeds)]
+
+    def _with_random(self, tops: dict[str, list[Ids]], repeat: int) -> dict[str, list[Ids]]:
+        ids, seed = self.base.data.training, self.config.seed
+        random = [random_matched(ids, self.k, generator(seed, "random_removal", repeat, q)) for q in self.targets]
+        sets = tops | {RANDOM: random}
         if self.config.removal == "per_query":
             return sets
         unions = {name: [union(of_targets)] for name, of_targets in sets.items()}
         if self.config.matched:
-            for place, name in enumerate(self.names):
-                source = generator(seed, "matched_removal", place)
+            for name in self.names:  # a stream a name: one more method leaves the others' models as they are
+                source = generator(seed, f"matched_removal/{name}", repeat)
                 unions[matched_to(name)] = [random_matched(ids, len(unions[name][0]), source)]
         return unions
 
@@ -163,11 +163,11 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         return [self.models.base_seed + self.config.num_seeds, *self.seeds[1:]]
 
     def retrainings(self) -> Sequence[Retraining]:
-        removed = [ids for of_method in self.removals.values() for ids in of_method]
+        removals = zip(self.seeds, self.removals, strict=True)
         return [
             Retraining.of([], self.models.base_seed),
             *(Retraining.of([], seed) for seed in self.floor_seeds),
-            *(Retraining.of(ids, seed) for seed in self.seeds for ids in removed),
+            *(Retraining.of(ids, seed) for seed, of_seed in removals for sets in of_seed.values() for ids in sets),
         ]
 
     # --- pictures -----------------------------------------------------------------------------------------------------
@@ -213,9 +213,9 @@ class CounterfactualEvaluator(RetrainingEvaluator):
     def evaluate(self) -> dict[str, Any]:
         before = self.pictures(None)
         same = self.pictures(Retraining.of([], self.models.base_seed))
-        removed = {name: [len(sets[0]) for _ in self.seeds] for name, sets in self.removals.items()}
+        removed = {name: [len(of_seed[name][0]) for of_seed in self.removals] for name in self.removals[0]}
         removed |= {NO_REMOVAL: [0] * len(self.seeds), OTHER_PICTURES: [0] * len(self.seeds)}
-        pooled = pool([Pooled(self.own, removed), *(read_finished(folder) for folder in self.others)], self.others)
+        pooled = pool(Pooled(self.own, removed), list(self.others.values()))
         clusters = len({int(seed) for sample in pooled.samples.values() for seed in sample.seed})
         settings = Settings(
             clusters="seed" if clusters >= MIN_CLUSTERS else "picture",
@@ -270,13 +270,13 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         num_targets, num_pictures = len(self.targets), len(before)
         values: dict[str, dict[str, list[Floats]]] = {}  # method -> metric -> a row a seed
         tasks = [
-            (name, repeat, [Retraining.of(ids, self.seeds[repeat]) for ids in sets])
-            for name, sets in self.removals.items()
-            for repeat in range(len(self.seeds))
+            (name, [Retraining.of(ids, seed) for ids in sets])
+            for seed, of_seed in zip(self.seeds, self.removals, strict=True)
+            for name, sets in of_seed.items()
         ]
-        tasks += [(NO_REMOVAL, repeat, [Retraining.of([], seed)]) for repeat, seed in enumerate(self.floor_seeds)]
-        with Progress("compare", sum(len(of_task) for _, _, of_task in tasks), "models") as progress:
-            for name, _, of_task in tasks:
+        tasks += [(NO_REMOVAL, [Retraining.of([], seed)]) for seed in self.floor_seeds]
+        with Progress("compare", sum(len(of_task) for _, of_task in tasks), "models") as progress:
+            for name, of_task in tasks:
                 found = []
                 for task in of_task:
                     found.append(self._compare(before, self.pictures(task)))
@@ -285,11 +285,8 @@ class CounterfactualEvaluator(RetrainingEvaluator):
                     rows = np.stack([similarity[metric] for similarity in found])  # [removals, P]
                     if len(rows) > 1:
                         own, others = own_and_others(rows[:, :num_targets])
-                        controls = rows[:, num_targets:].mean(axis=0)
-                        values.setdefault(others_of(name), {}).setdefault(metric, []).append(
-                            np.concatenate([others, controls])
-                        )
-                        row = np.concatenate([own, controls])
+                        values.setdefault(others_of(name), {}).setdefault(metric, []).append(others)
+                        row = np.concatenate([own, rows[:, num_targets:].mean(axis=0)])
                     else:
                         row = rows[0]
                     values.setdefault(name, {}).setdefault(metric, []).append(row)
@@ -303,7 +300,7 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         for name, of_metric in values.items():
             for metric, of_seed in of_metric.items():
                 for role, part in ((TARGET, slice(0, num_targets)), (CONTROL, slice(num_targets, None))):
-                    ids = places[part]
+                    ids = places[: len(of_seed[0])][part]
                     seeds = np.repeat(np.array(self.seeds, dtype=np.int64), len(ids))
                     value = np.concatenate([row[part] for row in of_seed])
                     yield (name, metric, role), Similarities(seeds, np.tile(ids, len(self.seeds)), value)
@@ -328,109 +325,24 @@ class CounterfactualEvaluator(RetrainingEvaluator):
     # --- what is shown ------------------------------------------------------------------------------------------------
 
     def table(self, results: dict[str, Any]) -> Table:
-        unit = "training seeds" if results["clusters"] == "seed" else "pictures as if independent"
-        same = results["retrained_with_the_same_seed"]
-        rest = "" if same["identical"] else f"; retrained with the same seed: off by {same['largest_difference']:.2g}"
-        return Table(
-            f"similarity of pictures after training without images, {results['removal']} removal, {results['k']} of "
-            f"{results['num_images']} images a target; auc above 0.5: targets are less alike than under the baseline; "
-            f"ratio in percent; {results['confidence']:.0%} intervals over {unit}; p: Mann-Whitney and Wilcoxon, Holm"
-            f"{rest}",
-            (
-                "method",
-                "baseline",
-                "metric",
-                "removed",
-                "auc",
-                "auc_controls",
-                "separation",
-                "ratio",
-                "hit_rate",
-                "p_mann_whitney",
-                "p_wilcoxon",
-            ),
-            [
-                (
-                    row["method"],
-                    row["baseline"],
-                    row["metric"],
-                    float(np.mean(row["num_removed"])),
-                    auc,
-                    shown(row["controls"] and row["controls"]["auc"]),
-                    shown(row["separation"]),
-                    shown(row["targets"]["ratio"]),
-                    row["targets"]["hit_rate"],
-                    row["targets"]["mann_whitney_holm"],
-                    row["targets"]["wilcoxon_holm"],
-                )
-                for row, auc in zip(results["rows"], self._marked_auc(results), strict=True)
-            ],
-        )
-
-    def _marked_auc(self, results: dict[str, Any]) -> list[Estimate]:
-        """The AUC of every row; of variants beside the same baseline, the best of each metric is marked."""
-        rows = results["rows"]
-        found = [shown(row["targets"]["auc"]) for row in rows]
-        differs = {
-            (entry["metric"], frozenset(entry["variants"])): leaves_out_zero(entry["low"], entry["high"])
-            for entry in results["differences"]
-        }
-        for metric in self._metrics():
-            places = [
-                place
-                for place, row in enumerate(rows)
-                if row["metric"] == metric and row["baseline"] == RANDOM and row["method"] in self.names
-            ]
-            names = [rows[place]["method"] for place in places]
-
-            def distinguishable(i: int, best: int, metric: str = metric, names: list[str] = names) -> bool:
-                return differs[metric, frozenset((names[i], names[best]))]
-
-            for place, estimate in zip(places, marked([found[p] for p in places], distinguishable), strict=True):
-                found[place] = estimate
-        return found
+        return views.table(results, self.names)
 
     def charts(self, results: dict[str, Any]) -> "dict[str, Figure]":
-        methods = [*self.names, RANDOM, NO_REMOVAL]
-        samples = {
-            metric: {
-                name: charts.Similarities(self.own[name, metric, TARGET].value, self.own[name, metric, CONTROL].value)
-                for name in methods
-            }
-            for metric in self.metrics
-        }
-        compared = [*self.names, NO_REMOVAL]
-        auc = {(row["method"], row["metric"]): row for row in results["rows"] if row["baseline"] == RANDOM}
-        panels = []
-        for metric in self._metrics():
-            rows = [auc[name, metric] for name in compared]
-            series = {"targets": [shown(row["targets"]["auc"]) for row in rows]}
-            if self.config.num_controls:
-                series["controls"] = [shown(row["controls"]["auc"]) for row in rows]
-            panels.append(charts.Bars(metric, series))
-        return {
-            "similarities": charts.densities(samples, "similarity to the picture before, higher is more alike", RANDOM),
-            "auc": charts.interval_bars(compared, panels, "AUC against random removal", reference=0.5),
-            "pictures": self._pairs(),
-        }
+        return views.charts(results, self.names, self.own) | {"pictures": self._pairs()}
 
     def _pairs(self) -> "Figure":
         """The first targets before, and after the first removal of each method that concerns them."""
-        columns = [*self.names, RANDOM, NO_REMOVAL]
         before = self.pictures(None)
-        shown_targets = range(min(NUM_SHOWN, len(self.targets)))
-        after = {}
-        for name in columns:
-            for place in shown_targets:
-                if name == NO_REMOVAL:
-                    task = Retraining.of([], self.floor_seeds[0])
-                else:
-                    sets = self.removals[name]
-                    task = Retraining.of(sets[place] if len(sets) > 1 else sets[0], self.seeds[0])
-                after[name, place] = self.pictures(task)[place].numpy()
-        images = [[before[place].numpy(), *(after[name, place] for name in columns)] for place in shown_targets]
-        names = [f"query {self.targets[place]}" for place in shown_targets]
-        return charts.image_pairs(names, ["before", *columns], images)
+        columns, places = [*self.names, RANDOM, NO_REMOVAL], range(min(NUM_SHOWN, len(self.targets)))
+
+        def after(name: str, place: int) -> np.ndarray:
+            sets = self.removals[0].get(name, [np.empty(0, np.int64)])
+            seed = self.floor_seeds[0] if name == NO_REMOVAL else self.seeds[0]
+            picture: np.ndarray = self.pictures(Retraining.of(sets[place % len(sets)], seed))[place].numpy()
+            return picture
+
+        images = [[before[place].numpy(), *(after(name, place) for name in columns)] for place in places]
+        return image_pairs([f"query {self.targets[place]}" for place in places], ["before", *columns], images)
 
     def files(self, folder: Path) -> list[Path]:
         """``similarities.csv``: a line a picture, training seed, method and metric, of this run alone."""
@@ -446,7 +358,7 @@ class CounterfactualEvaluator(RetrainingEvaluator):
 
 def contrast_of(pooled: Pooled, method: str, baseline: str, metric: str) -> Contrast:
     controls, theirs = (pooled.samples[name, metric, CONTROL] for name in (method, baseline))
-    has_controls = len(controls.seed) > 0
+    has_controls = len(controls.seed) > 0 and len(theirs.seed) > 0
     return Contrast(
         method,
         baseline,
@@ -458,11 +370,4 @@ def contrast_of(pooled: Pooled, method: str, baseline: str, metric: str) -> Cont
         # Pictures of controls are numbered from 0 as queries are: told apart by what is below 0.
         replace(controls, query=-1 - controls.query) if has_controls else None,
         replace(theirs, query=-1 - theirs.query) if has_controls else None,
-    )
-
-
-def shown(estimate: dict[str, Any] | None) -> Estimate:
-    """A statistic, as it is on disk, for a table."""
-    return (
-        Estimate(None, None, None) if estimate is None else Estimate(*(estimate[k] for k in ("value", "low", "high")))
     )

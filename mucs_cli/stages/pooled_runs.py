@@ -5,11 +5,12 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mucs_cli.artifacts import first_difference, read_json, require_manifest, write_text
+from mucs_cli.artifacts import first_difference, flatten, read_json, require_manifest, sha256_file, write_text
 from mucs_cli.config import result_config
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.counterfactual import Similarities
@@ -48,45 +49,83 @@ def write_samples(samples: Mapping[Key, Similarities], folder: Path) -> Path:
     return folder / SIMILARITIES
 
 
-def other_run(run: Path, context: Context) -> Path:
-    """The folder of another run's finished evaluation.
+def other_runs(runs: Sequence[Path], context: Context, model: str, methods: Sequence[str]) -> dict[Path, Pooled]:
+    """Folder of each other run's finished evaluation -> its similarities.
 
+    Args:
+        runs: folders of the runs.
+        context: the command, on this run.
+        model: fingerprint of this run's base model.
+        methods: variants that are pooled.
     Raises:
-        UserError: there is none, it is this run's own, or its settings are others.
+        UserError: a run has no finished evaluation or its file is damaged, its settings are others in more than seeds,
+            it lacks a method or metric, or it has the base model of another one.
     """
-    folder = run / "evaluate" / "counterfactual"
-    if run.resolve() == context.run.resolve():
-        raise UserError("evaluation.runs", f"got {run}, which is this run. Leave it out: it is always pooled.")
-    manifest = require_manifest(folder, "evaluate evaluation=counterfactual")
-    ours = {key: value for key, value in result_config(context.config.evaluation).items() if key != "seed"}
-    theirs = {key: value for key, value in manifest["config"]["evaluation"].items() if key != "seed"}
-    difference = first_difference(ours, theirs)
-    if difference is not None:
-        key, mine, other = difference
-        raise UserError(
-            "evaluation.runs",
-            f"got {run}, which has {key}={other!r}; expected {mine!r} as here. Evaluate both with the same settings.",
-        )
-    return folder
+    key = "evaluation.runs"
+    found: dict[Path, Pooled] = {}
+    run_of_model = {model: context.run}
+    for run in runs:
+        folder = run / "evaluate" / "counterfactual"
+        if run.resolve() == context.run.resolve():
+            raise UserError(key, f"got {run}, which is this run. Leave it out: it is always pooled.")
+        manifest = require_manifest(folder, "evaluate evaluation=counterfactual")
+        theirs = manifest["inputs"]["model"]
+        if theirs in run_of_model:
+            raise UserError(
+                key,
+                f"got {run}, which has the base model of {run_of_model[theirs]}: that is no further evidence. "
+                "Pool runs of different training seeds.",
+            )
+        run_of_model[theirs] = run
+        part = read_finished(folder, manifest)
+        for method in methods:
+            for metric in context.config.evaluation.metrics:
+                if (method, metric, TARGET) not in part.samples:
+                    raise UserError(
+                        key,
+                        f"got {run}, which has no {method} under {metric}. Score it there and evaluate again, or "
+                        "choose evaluation.variants.",
+                    )
+        ours = settings_of(context.run, methods, result_config(context.config.evaluation))
+        difference = first_difference(ours, settings_of(run, methods, manifest["config"]["evaluation"]))
+        if difference is not None:
+            name, mine, other = difference
+            raise UserError(
+                key,
+                f"got {run}, which has {name}={other!r}; expected {mine!r} as here. Pool runs that differ in seeds.",
+            )
+        found[folder] = part
+    return found
 
 
-def read_finished(folder: Path) -> Pooled:
+def settings_of(run: Path, methods: Sequence[str], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an evaluation of a run, but for seeds; dotted key -> value."""
+    found = flatten({"evaluation": evaluation})
+    found.pop("evaluation.variants")  # of which only those named here are pooled
+    for stage in ("train", "sample"):
+        found |= flatten(require_manifest(run / stage, stage)["config"])
+    for method in methods:
+        scored = require_manifest(run / "score" / method, "score")["config"]
+        found |= {f"{key} of {method}": value for key, value in flatten(scored).items() if not key.endswith(".seed")}
+    return {key: value for key, value in found.items() if not key.endswith(".seed")}
+
+
+def read_finished(folder: Path, manifest: Mapping[str, Any]) -> Pooled:
     """The similarities that another run's evaluation wrote.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is not the one that its manifest names.
     """
     path = folder / SIMILARITIES
-    columns: dict[Key, list[tuple[int, int, float]]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                key = (row["method"], row["metric"], row["role"])
-                columns.setdefault(key, []).append((int(row["seed"]), int(row["picture"]), float(row["value"])))
-    except (OSError, ValueError, KeyError) as error:
+    if not path.exists() or sha256_file(path) != manifest["outputs"].get(SIMILARITIES, {}).get("sha256"):
         raise UserError(
-            str(path), f"cannot be read ({error!r}). Evaluate that run again with overwrite=true."
-        ) from error
+            str(path), "is not the file its manifest names (SHA-256 differs). Evaluate that run with overwrite=true."
+        )
+    columns: dict[Key, list[tuple[int, int, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = (row["method"], row["metric"], row["role"])
+            columns.setdefault(key, []).append((int(row["seed"]), int(row["picture"]), float(row["value"])))
     samples = {}
     for key, rows in columns.items():
         seed, picture, value = zip(*rows, strict=True)
@@ -96,30 +135,21 @@ def read_finished(folder: Path) -> Pooled:
     return Pooled(samples, removed)
 
 
-def pool(parts: Sequence[Pooled], others: Sequence[Path]) -> Pooled:
-    """All samples, each run's training seeds as clusters of their own.
-
-    Raises:
-        UserError: another run lacks a method or metric of this one.
-    """
-    samples, removed = {}, {name: list(sizes) for name, sizes in parts[0].removed.items()}
-    for key in parts[0].samples:
-        for folder, part in zip(others, parts[1:], strict=True):
-            if key not in part.samples and len(parts[0].samples[key].seed):
-                raise UserError(
-                    "evaluation.runs",
-                    f"got {folder.parents[1]}, which has no {key[0]} under {key[1]}. Score it there and evaluate "
-                    "again, or choose evaluation.variants.",
-                )
-        found = [part.samples.get(key, parts[0].samples[key]) for part in parts]
-        samples[key] = Similarities(
-            np.concatenate([SEEDS_A_RUN * i + ranks(sample.seed) for i, sample in enumerate(found)]),
-            np.concatenate([sample.query for sample in found]),
-            np.concatenate([sample.value for sample in found]),
-        )
-    for part in parts[1:]:
-        for name, sizes in removed.items():
-            sizes += part.removed.get(name, [])
+def pool(own: Pooled, others: Sequence[Pooled]) -> Pooled:
+    """All samples of this run's methods, each run's training seeds as clusters of their own."""
+    samples = {}
+    for key, sample in own.samples.items():
+        if len(sample.seed):  # no controls, no samples of them
+            found = [sample, *(part.samples[key] for part in others)]
+            sample = Similarities(
+                np.concatenate([SEEDS_A_RUN * i + ranks(each.seed) for i, each in enumerate(found)]),
+                np.concatenate([each.query for each in found]),
+                np.concatenate([each.value for each in found]),
+            )
+        samples[key] = sample
+    removed = {
+        name: [*sizes, *(n for part in others for n in part.removed[name])] for name, sizes in own.removed.items()
+    }
     return Pooled(samples, removed)
 
 

@@ -2,16 +2,22 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluation_runs import fails, mucs, results_of, scores_of, stamps
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.stats import mannwhitneyu, wilcoxon
 
+from mucs_cli.artifacts import sha256_file
 from mucs_cli.evaluation.measures.image_metrics import ssim
 
 NUM_IMAGES, NUM_TARGETS, NUM_CONTROLS, K = 80, 5, 4, 6
@@ -131,15 +137,17 @@ def test_statistics_are_those_of_scipy_on_the_file(evaluated: Path, metric: str)
 
 
 def test_a_rerun_is_up_to_date_and_a_new_method_trains_its_own_models_only(run: Path) -> None:
+    before = stamps(run)
+    mucs("evaluate", f"run={run}", *SMALL)
+    assert stamps(run) == before
     before = stamps(run / "retrain")
+    shutil.copytree(run / "score" / "pixel", run / "score" / "another")  # the first of all by name
     mucs("evaluate", f"run={run}", *SMALL)
-    assert stamps(run / "retrain") == before
-    mucs("score", f"run={run}", "method=random")
-    mucs("evaluate", f"run={run}", *SMALL)
-    after = stamps(run / "retrain")
-    assert before.items() <= after.items()
-    assert len(removed_sets(run)) == 9  # its union, and as many at random
-    assert row_of(run, "random", RANDOM, "ssim")["targets"]["count"] == NUM_TARGETS
+    assert before.items() <= stamps(run / "retrain").items()
+    assert len(removed_sets(run)) == 8  # as many at random; its union is that of pixel
+    ours, theirs = (row_of(run, name, RANDOM, "ssim") for name in ("another", "pixel"))
+    assert ours["targets"]["auc"] == theirs["targets"]["auc"]
+    assert ours["targets"]["mann_whitney_holm"] is not None
 
 
 def test_removing_for_one_query_at_a_time_sets_own_beside_other_removals(run: Path) -> None:
@@ -161,13 +169,25 @@ def test_removing_for_one_query_at_a_time_sets_own_beside_other_removals(run: Pa
     others = (matrix.sum(axis=0) - matrix.diagonal()) / (NUM_TARGETS - 1)
     assert np.allclose(values(run, "pixel, for other targets", "mae", "target"), others, atol=1e-6)
     row = row_of(run, "pixel", "pixel, for other targets", "mae")
+    assert row["controls"] is None  # which no removal is for
     assert row["targets"]["difference"]["value"] == pytest.approx(np.mean(matrix.diagonal() - others), abs=1e-6)
 
 
 def test_several_training_seeds_are_clusters_of_the_intervals(run: Path) -> None:
     more = ["evaluation.num_seeds=3", "evaluation.variants=[pixel]", "evaluation.metrics=[mae]", "overwrite=true"]
-    mucs("evaluate", f"run={run}", *SMALL, *more)
+    shutil.rmtree(run / "retrain")
+    mucs("evaluate", f"run={run}", *SMALL, *more, "evaluation.num_controls=0")
     results = results_of(run, "counterfactual")
+    union = set().union(*(np.argsort(-row, kind="stable")[:K].tolist() for row in scores_of(run, "pixel")))
+    of_seed = {seed: [ids for other, ids in removed_sets(run) if other == seed] for seed in range(4)}
+    drawn = [frozenset(ids) for seed in range(3) for ids in of_seed[seed] if ids and ids != union]
+    assert all(union in of_seed[seed] and set() in of_seed[seed] for seed in range(3))
+    assert of_seed[3] == [set()]
+    assert len(drawn) == len(set(drawn)) == 6  # other random images for each seed
+    assert {len(ids) for ids in drawn} == {len(union), *results["removed"][RANDOM]}
+    title = (run / "evaluate" / "counterfactual" / "table.md").read_text().splitlines()[0]
+    assert "95% intervals over 3 training seeds (so few that they cover 75% at most)" in title
+    assert row_of(run, "pixel", RANDOM, "mae")["controls"] is None
     assert (results["seeds"], results["floor_seeds"], results["clusters"]) == ([0, 1, 2], [3, 1, 2], "seed")
     assert row_of(run, "pixel", RANDOM, "mae")["targets"]["auc"]["num_clusters"] == 3
     assert len(values(run, "pixel", "mae", "target")) == 3 * NUM_TARGETS
@@ -177,10 +197,26 @@ def test_runs_of_other_seeds_are_pooled_and_others_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = base_run(tmp_path / "other", "seed=5")
-    mucs("evaluate", f"run={other}", *SMALL, "evaluation.k=7")
+    mucs("evaluate", f"run={other}", *SMALL)
     pooled = [f"run={run}", *SMALL, f"evaluation.runs=[{other}]"]
-    assert "k=7" in fails(capsys, "evaluate", *pooled)
-    mucs("evaluate", f"run={other}", *SMALL, "overwrite=true")
+    before = stamps(run)
+    for runs, expected in ((f"{other},{other}", f"base model of {other}"), (str(run), "which is this run")):
+        assert expected in fails(capsys, "evaluate", f"run={run}", *SMALL, f"evaluation.runs=[{runs}]")
+    for path, old, new, expected in (
+        ("evaluate/counterfactual/manifest.json", '"k": 6', '"k": 7', f"{other}, which has evaluation.k=7; expected 6"),
+        ("train/manifest.json", '"num_steps": 4', '"num_steps": 400', "training.num_steps=400; expected 4"),
+        ("score/pixel/manifest.json", '"cosine"', '"euclidean"', "method.similarity of pixel='euclidean'"),
+        ("evaluate/counterfactual/similarities.csv", ",pixel,", ",pixels,", "is not the file its manifest names"),
+    ):
+        text = (other / path).read_text()
+        assert old in text
+        (other / path).write_text(text.replace(old, new))
+        assert expected in fails(capsys, "evaluate", *pooled)
+        (other / path).write_text(text)
+    shutil.copytree(run / "score" / "pixel", run / "score" / "another")
+    assert f"got {other}, which has no another under ssim" in fails(capsys, "evaluate", *pooled)
+    shutil.rmtree(run / "score" / "another")
+    assert stamps(run) == before
     alone = results_of(run, "counterfactual")
     mucs("evaluate", *pooled)
     row = row_of(run, "pixel", RANDOM, "mae")
@@ -189,14 +225,76 @@ def test_runs_of_other_seeds_are_pooled_and_others_refused(
     assert row["targets"]["auc"]["value"] == pytest.approx(test.statistic / len(both[0]) ** 2)
     assert row["num_removed"] == alone["removed"]["pixel"] + results_of(other, "counterfactual")["removed"]["pixel"]
     assert results_of(run, "counterfactual")["num_clusters"] == 2
-    assert "which is this run" in fails(capsys, "evaluate", f"run={run}", *SMALL, f"evaluation.runs=[{run}]")
 
 
-def test_what_cannot_be_evaluated_is_named_before_anything_is_trained(
+def test_what_workers_leave_unfinished_is_finished_and_the_results_are_those_of_one_undisturbed_process(
+    evaluated: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "retrain")
+    shutil.rmtree(run / "evaluate")
+    command = [sys.executable, "-m", "mucs_cli", "evaluate", f"run={run}", *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([*command, f"evaluation.worker={worker}"], env=environment, stderr=subprocess.DEVNULL)
+        for worker in range(2)
+    ]
+    while workers[0].poll() is None and not list((run / "retrain").glob("*/manifest.json")):
+        time.sleep(0.01)
+    workers[0].kill()
+    assert workers[1].wait(timeout=120) == 0
+    workers[0].wait()
+    assert not (run / "evaluate" / "counterfactual" / "results.json").exists()
+    capsys.readouterr()
+    mucs("evaluate", f"run={run}", *SMALL)
+    assert "7 models, 0 of them to be trained" in capsys.readouterr().err
+    for name in ("results.json", "similarities.csv", "table.csv"):
+        one, several = (folder / "evaluate" / "counterfactual" / name for folder in (evaluated, run))
+        assert one.read_bytes() == several.read_bytes()
+
+
+def test_a_plan_counts_the_models_and_trains_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stamps(run)
+    capsys.readouterr()
+    mucs("evaluate", f"run={run}", *SMALL, "evaluation.removal=per_query", "plan=true")
+    row = capsys.readouterr().out.splitlines()[-2].split()
+    # one with the base's seed and one with another are there; a model a target for each of two methods and chance
+    assert row[:3] == [str(2 + 3 * NUM_TARGETS), "2", str(3 * NUM_TARGETS)]
+    assert stamps(run) == before
+
+
+def test_scores_without_a_top_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "score" / "pixel"
+    path, manifest = folder / "scores.safetensors", json.loads((folder / "manifest.json").read_text())
+    tensors = load_file(path)
+    tensors["score"][3] = 0.5
+    save_file(tensors, path)
+    manifest["outputs"][path.name]["sha256"] = sha256_file(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    line = fails(capsys, "evaluate", f"run={run}", *SMALL)
+    assert "evaluation.variants: got pixel, whose scores of query 3 are all the same" in line
+    mucs("evaluate", f"run={run}", *SMALL, "queries.index=[0,1]", "plan=true")
+
+
+def test_pictures_that_the_model_did_not_sample_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sample", "score", "evaluate"):
+        shutil.rmtree(run / name)
+    (tmp_path / "queries" / "3").mkdir(parents=True)
+    Image.new("L", (8, 8), 100).save(tmp_path / "queries" / "3" / "a.png")
+    queries = ["queries=folder", f"queries.path={tmp_path / 'queries'}"]
+    mucs("sample", f"run={run}", *queries)
+    mucs("score", f"run={run}", *queries, "method=pixel")
+    line = fails(capsys, "evaluate", f"run={run}", *SMALL)
+    assert line.startswith("mucs: error: queries: got a folder; expected queries that the model sampled")
+
+
+def test_what_cannot_be_evaluated_is_named_before_anything_is_trained_or_replaced(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = stamps(run / "retrain")
+    before = stamps(run)
     for arguments, expected in (
+        (["evaluation.k=70"], "evaluation.k: got 70, with which "),
         ([f"evaluation.k={NUM_IMAGES}"], f"evaluation.k: got {NUM_IMAGES}; expected less than the {NUM_IMAGES}"),
         (["evaluation.metrics=[lpips]"], "evaluation.lpips_path: is not set"),
         (["evaluation.metrics=[sim]"], "evaluation.metrics: got 'sim'"),
@@ -204,10 +302,10 @@ def test_what_cannot_be_evaluated_is_named_before_anything_is_trained(
         (["evaluation.runs=[elsewhere]"], "elsewhere"),
     ):
         assert expected in fails(capsys, "evaluate", f"run={run}", *SMALL, *arguments, "overwrite=true")
-    assert stamps(run / "retrain") == before
+    assert stamps(run) == before
 
 
-def test_the_table_shows_what_was_removed_beside_every_number(run: Path) -> None:
+def test_the_table_shows_what_was_removed_beside_every_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(csv.DictReader((run / "evaluate" / "counterfactual" / "table.csv").open()))
     removed = results_of(run, "counterfactual")["removed"]
     assert {(row["method"], row["baseline"]) for row in rows} == {
@@ -216,4 +314,11 @@ def test_the_table_shows_what_was_removed_beside_every_number(run: Path) -> None
     }
     for row in rows:
         assert float(row["removed"]) == removed[row["method"]][0]
+        assert float(row["removed_share"]) == removed[row["method"]][0] / NUM_IMAGES
+        assert float(row["baseline_removed"]) == removed[row["baseline"]][0]
         assert float(row["auc_low"]) <= float(row["auc"]) <= float(row["auc_high"])
+    capsys.readouterr()
+    mucs("evaluate", f"run={run}", *SMALL)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for row in rows:
+        assert any(line.startswith(f"{row['method']} {row['baseline']} {row['metric']} ") for line in lines)

@@ -5,6 +5,7 @@ import io
 from dataclasses import replace
 
 import pytest
+from rich.text import Text
 
 from mucs_cli.reporting.tables import Estimate, Table, marked, print_table, to_csv, to_latex, to_markdown
 
@@ -59,6 +60,26 @@ def test_the_terminal_shows_every_cell_uncut() -> None:
     print_table(TABLE, stream)
     for text in ("what it is", "a_b|c", "0.123 [0.100, 0.250]", "50 % & more", "expected"):
         assert text in stream.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_wide_table_keeps_its_names_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [Estimate(0.7, 0.54, 1.0)] * 8
+    wide = Table("AUC", ("method", *(f"auc_{place}" for place in range(8))), [("random removal", *cells)])
+    pipe, terminal = io.StringIO(), Terminal()
+    print_table(wide, pipe)
+    assert pipe.getvalue().splitlines()[-2].split("0.700 [0.540, 1.000]")[0].strip() == "random removal"
+    assert pipe.getvalue().count("0.700 [0.540, 1.000]") == 8
+    monkeypatch.setenv("COLUMNS", "110")
+    print_table(wide, terminal)
+    shown = Text.from_ansi(terminal.getvalue()).plain
+    assert max(map(len, shown.splitlines())) <= 110
+    words = shown.split()
+    assert {"random", "removal"} <= set(words) and words.count("0.700") == words.count("1.000]") == 8
 
 
 # --- marks -----------------------------------------------------------------------------------------------------------
