@@ -19,9 +19,10 @@ from PIL import Image
 
 from mucs_cli.artifacts import write_atomic
 from mucs_cli.reporting.pictures import BLUE, INK, MUTED, PAPER, RULE, VERMILION, to_picture
-from mucs_cli.reporting.tables import MISSING, Estimate
+from mucs_cli.reporting.tables import MISSING, Estimate, cell_text
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -45,6 +46,7 @@ STYLE = {
     "xtick.labelcolor": INK,
     "ytick.color": MUTED,
     "ytick.labelcolor": INK,
+    "axes.unicode_minus": False,  # as in the cells
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -55,7 +57,7 @@ STYLE = {
 }
 SERIES = ((BLUE, ""), (VERMILION, "////"), ("#009e73", "...."))
 """Fill and hatching of up to three series of bars."""
-GREY = "#c3c9d0"
+GREY, LIGHT_GREY = "#c3c9d0", "#e6e9ed"
 
 PANELS_PER_LINE = 6
 FEW_VALUES = 0.01
@@ -131,7 +133,7 @@ def densities(metrics: Mapping[str, Mapping[str, Similarities]], axis: str, refe
         for panel, method, name in zip(of_metric, methods, names, strict=False):
             if reference is not None:
                 curve = density(of_methods[reference].targets, low, high)
-                panel.fill_between(*curve, color=GREY, linewidth=0, step=None)
+                panel.fill_between(*curve, color=GREY, linewidth=0)
             for values, colour, dashes, marker, place in (
                 (of_methods[method].controls, VERMILION, (0, (4, 2)), "x", -0.24),
                 (of_methods[method].targets, BLUE, "solid", "|", -0.1),
@@ -140,14 +142,14 @@ def densities(metrics: Mapping[str, Mapping[str, Similarities]], axis: str, refe
                 found = finite(values)
                 panel.plot(found, [place] * len(found), marker, color=colour, markersize=4, markeredgewidth=0.7)
             panel.set(xlim=(low, high), ylim=(-0.34, 1.08), yticks=[])
-            panel.xaxis.set_major_locator(MaxNLocator(3))
+            panel.xaxis.set_major_locator(MaxNLocator(4))
             panel.spines["left"].set_visible(False)
             if row == 0 or num_lines > 1:
                 panel.set_title(name, fontsize=SMALL)
         for line in range(num_lines):
             panels[row * num_lines + line, 0].set_ylabel(metric)
     figure.supxlabel(axis, fontsize=FONT_SIZE)
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], color=BLUE, marker="|", label="targets"),
         Line2D([], [], color=VERMILION, linestyle=(0, (4, 2)), marker="x", markersize=4, label="controls"),
     ]
@@ -174,10 +176,10 @@ def density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDArr
 
 
 def padded_range(samples: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
-    """From the smallest to the largest finite value, and a tenth more at either end, where densities end."""
+    """From the smallest to the largest finite value, and more at either end, where densities fade out."""
     values = np.concatenate([finite(sample) for sample in samples])
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    pad = 0.1 * (high - low) or 0.05
+    pad = 0.15 * (high - low) or 0.05
     return low - pad, high + pad
 
 
@@ -214,6 +216,7 @@ def interval_bars(methods: Sequence[str], panels: Sequence[Bars], axis: str, ref
         reference: where bars begin: what a method without information gets, 0 for a correlation, 0.5 for an AUC.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     names = short_names(methods, 30)
@@ -222,7 +225,7 @@ def interval_bars(methods: Sequence[str], panels: Sequence[Bars], axis: str, ref
     num_columns = min(len(panels), 3)
     num_lines = -(-len(panels) // num_columns)
     width = CHARACTER * max(map(len, names)) + (4.8 if num_columns == 1 else 2.6 * num_columns) + 0.3
-    height = len(methods) * (0.1 + 0.17 * len(series)) + 0.45
+    height = len(methods) * (0.1 + 0.17 * len(series)) + (0.5 if panels[0].title else 0.25)
     figure = Figure((width, height * num_lines + 0.75), layout="constrained")
     drawn = figure.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False)
     for axes in drawn.ravel()[len(panels) :]:
@@ -238,17 +241,17 @@ def interval_bars(methods: Sequence[str], panels: Sequence[Bars], axis: str, ref
         axes.set_title(bars.title, loc="left")
         axes.grid(axis="x", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
+        axes.tick_params(axis="x", labelbottom=True)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
     drawn[0, 0].set(yticks=range(len(methods)), yticklabels=names, ylim=(len(methods) - 0.45, -0.55))
     figure.supxlabel(axis, fontsize=FONT_SIZE)
-    handles = [
-        Patch(facecolor=colour, edgecolor=PAPER, hatch=hatch, label=name)
-        for name, (colour, hatch) in zip(series, SERIES, strict=False)
-    ]
-    handles = handles if len(series) > 1 else []
+    handles: list[Artist] = []
+    if len(series) > 1:
+        for name, (colour, hatch) in zip(series, SERIES, strict=False):
+            handles.append(Patch(facecolor=colour, edgecolor=PAPER, hatch=hatch, label=name))
     if any(bars.ceiling is not None for bars in panels):
-        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, hatch="xxxx", label="ceiling"))
+        handles.append(Line2D([], [], color=INK, linestyle="dotted", label="ceiling"))
     if handles:
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
     return figure
@@ -264,15 +267,14 @@ def draw_bar(
         if estimate.low is not None and estimate.high is not None:
             ends = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
             axes.errorbar(estimate.value, y, xerr=ends, color=INK, linewidth=1.1, capsize=2.5)
-    text = MISSING if estimate.value is None else f"{estimate.value:.2f}"
-    axes.text(1.02, y, text, fontsize=SMALL, va="center", transform=axes.get_yaxis_transform())
+    axes.text(1.02, y, cell_text(estimate.value), fontsize=SMALL, va="center", transform=axes.get_yaxis_transform())
 
 
 def draw_ceiling(axes: "Axes", ceiling: Estimate) -> None:
     if ceiling.low is not None and ceiling.high is not None:
-        axes.axvspan(ceiling.low, ceiling.high, facecolor=PAPER, edgecolor=MUTED, hatch="xxxx", linewidth=0, zorder=0.4)
+        axes.axvspan(ceiling.low, ceiling.high, color=LIGHT_GREY, linewidth=0, zorder=0.4)
     if ceiling.value is not None:
-        axes.axvline(ceiling.value, color=MUTED, linestyle="dotted", linewidth=1.4)
+        axes.axvline(ceiling.value, color=INK, linestyle="dotted", linewidth=1.4)
 
 
 # --- heat map --------------------------------------------------------------------------------------------------------
@@ -336,9 +338,8 @@ def image_pairs(rows: Sequence[str], columns: Sequence[str], images: Sequence[Se
     names = short_names(rows, 20)
     headings = ["\n".join(textwrap.wrap(elided(name, 36), 13)) for name in columns]
     width = len(columns) + CHARACTER * max(map(len, names)) + 0.15
-    figure = Figure(
-        (width, len(rows) + 0.15 * (1 + max(map(str.count, headings, "\n" * len(headings))))), layout="constrained"
-    )
+    num_lines = max(len(heading.splitlines()) for heading in headings)
+    figure = Figure((width, len(rows) + 0.15 * num_lines + 0.2), layout="constrained")
     axes = figure.subplots()
     for row, of_row in enumerate(images):
         for column, image in enumerate(of_row):
@@ -349,7 +350,7 @@ def image_pairs(rows: Sequence[str], columns: Sequence[str], images: Sequence[Se
             half_height, half_width = (0.47 * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
             extent = (column - half_width, column + half_width, row + half_height, row - half_height)
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="none")
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal")
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal", anchor="NE")
     axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=headings, yticklabels=names)
     axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -358,8 +359,8 @@ def image_pairs(rows: Sequence[str], columns: Sequence[str], images: Sequence[Se
 
 def tile(image: NDArray) -> Image.Image:
     """A picture as large as a tile, at most: large ones are reduced, small ones enlarged by whole pixels."""
-    values = image / np.float32(127.5) - 1 if image.dtype == np.uint8 else image
-    picture = to_picture(values)
+    values = image.astype(np.float32)
+    picture = to_picture(values / 127.5 - 1 if image.dtype == np.uint8 else values)
     picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     scale = TILE // max(picture.size)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
@@ -377,6 +378,21 @@ def elided(name: str, length: int) -> str:
 
 
 def short_names(names: Sequence[str], length: int) -> list[str]:
-    """Names elided to ``length`` characters, or to as many more as it takes to tell them apart."""
-    shown = [elided(name, length) for name in names]
-    return shown if len(set(shown)) == len(set(names)) else short_names(names, length + 1)
+    """Names elided to ``length`` characters so that they can be told apart; to more only where that takes more."""
+    short = {name: elided(name, length) for name in names}
+    twins: dict[str, list[str]] = {}
+    for name, text in short.items():
+        twins.setdefault(text, []).append(name)
+    for same in twins.values():
+        if len(same) > 1:
+            place = next((i for i, letters in enumerate(zip(*same, strict=False)) if len(set(letters)) > 1), length)
+            short |= {name: elided_around(name, length, place) for name in same}
+    return [short[name] for name in names] if len(set(short.values())) == len(short) else short_names(names, length + 1)
+
+
+def elided_around(name: str, length: int, place: int) -> str:
+    """A name's beginning and what stands around a place further on; ``length`` characters."""
+    start = length // 4
+    window = length - start - 2
+    first = max(start, place - window // 2)
+    return f"{name[:start]}…{name[first : first + window]}…"
