@@ -1,22 +1,27 @@
 """``mucs evaluate``: judges and compares finished scores, by the evaluation that the configuration names."""
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from mucs_cli.artifacts import Stage, first_difference, read_json, write_json, write_text
 from mucs_cli.config import EvaluateCommandConfig
 from mucs_cli.evaluation import EVALUATIONS
+from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
 from mucs_cli.runtime import log
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import Evaluator, RetrainingEvaluator
 
 RESULTS = "results.json"
+CHARTS = "charts"
 TABLES = {"table.csv": to_csv, "table.md": to_markdown, "table.tex": to_latex}
 
 
 def run(context: Context) -> None:
-    """Writes ``evaluate/<evaluation>/``, ``results.json`` and the table as CSV, Markdown and LaTeX, and prints it.
+    """Writes ``evaluate/<evaluation>/`` and prints the table.
 
+    That is ``results.json``, the table as CSV, Markdown and LaTeX, and ``charts/``, each chart as SVG and PNG.
     With ``plan=true`` only says what has to be trained; a worker only trains.
     """
     evaluation = EVALUATIONS[context.config.evaluation.name]
@@ -27,8 +32,7 @@ def run(context: Context) -> None:
     folder = context.folder("evaluate", evaluation.name)
     stage = context.stage(folder, "evaluate", sections=evaluation.sections, inputs=evaluator.inputs)
     redo_for_new_inputs(stage)
-    outputs = [folder / name for name in (RESULTS, *TABLES)]
-    if stage.is_done() and all(path.exists() for path in outputs):
+    if stage.is_done() and all((folder / name).exists() for name in read_json(folder / "manifest.json")["outputs"]):
         log.info("evaluate: up to date (%s)", folder)
     else:
         stage.begin()
@@ -37,13 +41,22 @@ def run(context: Context) -> None:
             if context.config.evaluation.worker is not None:
                 log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
                 return
-        results = evaluator.evaluate()
-        write_json(folder / RESULTS, results)
-        for name, write in TABLES.items():
-            write_text(folder / name, write(evaluator.table(results)))
-        stage.finish(evaluator.facts(), outputs)
-        log.info("evaluate: %s and tables in %s", RESULTS, folder)
+        stage.finish(evaluator.facts(), write_results(evaluator, evaluator.evaluate(), folder))
+        log.info("evaluate: %s, tables and charts in %s", RESULTS, folder)
     print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout)
+
+
+def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -> list[Path]:
+    """The files with the results, the table and the charts."""
+    write_json(folder / RESULTS, results)
+    for name, write in TABLES.items():
+        write_text(folder / name, write(evaluator.table(results)))
+    charts = [
+        path
+        for name, figure in evaluator.charts(results).items()
+        for path in write_chart(figure, folder / CHARTS, name)
+    ]
+    return [folder / RESULTS, *[folder / name for name in TABLES], *charts]
 
 
 def print_plan(evaluator: Evaluator) -> None:

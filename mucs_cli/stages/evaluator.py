@@ -1,13 +1,16 @@
-"""What ``mucs evaluate`` asks of an evaluation: its inputs, its results, and how they look as a table."""
+"""What ``mucs evaluate`` asks of an evaluation: its inputs, its results, and how they look as a table and charts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mucs_cli.reporting.tables import Table
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import load_inputs
 from mucs_cli.stages.retraining import Retraining, Retrainings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Evaluator(ABC):
@@ -30,6 +33,10 @@ class Evaluator(ABC):
     @abstractmethod
     def table(self, results: dict[str, Any]) -> Table:
         """The results, as ``evaluate`` gave them, for the reader."""
+
+    def charts(self, results: dict[str, Any]) -> "dict[str, Figure]":
+        """The results as charts; file name without suffix -> figure. The same results give the same charts."""
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """What the manifest is to record."""

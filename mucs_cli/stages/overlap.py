@@ -2,11 +2,15 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mucs_cli.attribution.ranks import top
 from mucs_cli.errors import UserError
-from mucs_cli.evaluation.measures.overlap import CONFIDENCE, Ids, Overlap, common_ids, id_overlap
+from mucs_cli.evaluation.measures.overlap import Ids, Overlap, common_ids, id_overlap
+from mucs_cli.evaluation.measures.statistics import CONFIDENCE
+from mucs_cli.reporting.charts import heat_map
 from mucs_cli.reporting.groups import choose_k
 from mucs_cli.reporting.tables import Estimate, Table
 from mucs_cli.rng import generator
@@ -14,6 +18,9 @@ from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import Evaluator
 from mucs_cli.stages.finished import SCORES, FinishedScores, ScoreFiles
 from mucs_cli.stages.loading import chosen_queries
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class OverlapEvaluator(Evaluator):
@@ -115,6 +122,22 @@ class OverlapEvaluator(Evaluator):
                 for comparison, variant, other, entry in rows
             ],
         )
+
+    def charts(self, results: dict[str, Any]) -> "dict[str, Figure]":
+        names = [entry["variant"] for entry in results["across_queries"]]
+        pairs = results["same_query"]
+        if not pairs:
+            return {}
+        values = np.full((len(names), len(names)), np.nan)
+        for entry in pairs:
+            if entry["overlap"] is not None:
+                first, second = (names.index(name) for name in entry["variants"])
+                values[first, second] = values[second, first] = entry["overlap"]
+        title = (
+            f"overlap of the {results['k']} highest of {results['num_images']} scores of the same query, mean over "
+            f"queries; of random sets: {pairs[0]['expected']:.3f}"
+        )
+        return {"same_query": heat_map(names, values, title, 0, 1)}
 
     def facts(self) -> dict[str, Any]:
         return {

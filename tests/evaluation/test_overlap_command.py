@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_runs import NUM_IMAGES, NUM_QUERIES, fails, mucs, results_of, scores_of, stamps
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mucs_cli.artifacts import sha256_file
@@ -86,10 +88,35 @@ def test_the_tables_hold_the_results_and_the_terminal_shows_them(run: Path, caps
     assert rf"across queries & pixel &  & 12 & {shown} & 0.083 \\" in latex
     assert shown in printed
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["outputs"]) == {"results.json", "table.csv", "table.md", "table.tex"}
+    tables = {"results.json", "table.csv", "table.md", "table.tex"}
+    assert set(manifest["outputs"]) == tables | {"charts/same_query.svg", "charts/same_query.png"}
     assert manifest["config"] == {
         "evaluation": {"name": "overlap", "variants": None, "k": None, "num_resamples": 2000, "seed": 0}
     }
+
+
+def test_the_heat_map_holds_the_overlaps_on_the_same_query(run: Path) -> None:
+    mucs("evaluate", f"run={run}")
+    charts = run / "evaluate" / "overlap" / "charts"
+    shown = re.findall("<!-- (.*?) -->", (charts / "same_query.svg").read_text())  # texts, beside their outlines
+    names = ("condition", "pixel", "random")
+    for first, second in itertools.combinations(names, 2):
+        assert f"{same(run, first, second)['overlap']:.2f}" in shown
+    cells = [text for text in shown if re.fullmatch(r"\d\.\d\d|–", text)]
+    assert len(cells) == 9 and cells[0] == cells[4] == cells[8] == "–"
+    assert [cells[1], cells[2], cells[5]] == [cells[3], cells[6], cells[7]]
+    assert all(shown.count(name) == 2 for name in names)
+    with Image.open(charts / "same_query.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_one_variant_has_no_heat_map(run: Path) -> None:
+    mucs("evaluate", f"run={run}", "evaluation.variants=[pixel]")
+    folder = run / "evaluate" / "overlap"
+    assert not (folder / "charts").exists()
+    before = stamps(folder)
+    mucs("evaluate", f"run={run}", "evaluation.variants=[pixel]")
+    assert stamps(folder) == before
 
 
 def test_a_rerun_is_up_to_date_until_there_are_new_scores_which_need_no_overwriting(
@@ -111,9 +138,10 @@ def test_a_rerun_is_up_to_date_until_there_are_new_scores_which_need_no_overwrit
     mucs("evaluate", f"run={run}")
     assert across(run, "pixel")["num_queries"] == 13
     assert same(run, "pixel", "random")["num_queries"] == NUM_QUERIES  # those that both have
-    (run / "evaluate" / "overlap" / "table.md").unlink()
-    mucs("evaluate", f"run={run}")
-    assert (run / "evaluate" / "overlap" / "table.md").exists()
+    for name in ("table.md", "charts/same_query.png"):
+        (run / "evaluate" / "overlap" / name).unlink()
+        mucs("evaluate", f"run={run}")
+        assert (run / "evaluate" / "overlap" / name).exists()
 
 
 def test_another_configuration_is_refused_without_overwriting(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
