@@ -13,7 +13,7 @@ demo: setup
 	.venv/bin/mucs run experiment=digits
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile  # each file in one process, which makes its runs once
 
 lint: setup
 	.venv/bin/ruff format --check .

@@ -325,18 +325,9 @@ def check_across(config: Any) -> None:
                 f"{name}.sigma_min",
                 f"got {section.sigma_min}; expected less than {name}.sigma_max={section.sigma_max}.",
             )
-    if (config.unlearning.trainable == "patterns") != bool(config.unlearning.patterns):
-        raise UserError(
-            "unlearning.patterns",
-            f"got {config.unlearning.patterns} with unlearning.trainable={config.unlearning.trainable}; "
-            "expected patterns exactly when trainable=patterns.",
-        )
-    if (config.unlearning.trainable == "last_blocks") != (config.unlearning.num_blocks is not None):
-        raise UserError(
-            "unlearning.num_blocks",
-            f"got {config.unlearning.num_blocks} with unlearning.trainable={config.unlearning.trainable}; expected a "
-            "number exactly when trainable=last_blocks.",
-        )
+    check_trainable(config.unlearning, "unlearning")
+    if hasattr(config.method, "trainable"):
+        check_trainable(config.method, "method")
     size = config.score.batch_size
     if size is not None and size % 16:
         raise UserError("score.batch_size", f"got {size}; expected a multiple of 16.")
@@ -344,6 +335,20 @@ def check_across(config: Any) -> None:
         for stage in config.stages:
             if stage not in COMMANDS or stage in ("run", "show", "status"):
                 raise UserError("stages", f"got {stage!r}; expected train, sample, unlearn, score, evaluate or report.")
+
+
+def check_trainable(section: Any, name: str) -> None:
+    """Refuses ``patterns`` or ``num_blocks`` that do not go with the ``trainable`` of the same section."""
+    for key, preset, given in (
+        ("patterns", "patterns", bool(section.patterns)),
+        ("num_blocks", "last_blocks", section.num_blocks is not None),
+    ):
+        if (section.trainable == preset) != given:
+            raise UserError(
+                f"{name}.{key}",
+                f"got {getattr(section, key)} with {name}.trainable={section.trainable}; expected {key} exactly when "
+                f"trainable={preset}. Set both or neither.",
+            )
 
 
 def number_or_word(value: str, key: str, words: tuple[str, ...]) -> float | str:

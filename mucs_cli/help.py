@@ -26,6 +26,7 @@ EXAMPLES = {
     "evaluate": [
         "mucs evaluate run=outputs/digits",
         "mucs evaluate run=outputs/digits evaluation.variants=[mucs,pixel] evaluation.k=20",
+        "mucs evaluate run=outputs/digits evaluation=retrieval evaluation.relevant=class",
     ],
     "report": ["mucs report run=outputs/digits", "mucs report run=outputs/digits report.k=20"],
     "show": ["mucs show run=outputs/digits query=3 k=5", "mucs show run=outputs/digits query=3 --bottom"],
@@ -76,17 +77,15 @@ def command_help(name: str) -> str:
     if options:
         lines = [f"  {group + '=':<18}{' | '.join(choices)}" for group, choices in options.items()]
         blocks.append("Groups\n" + "\n".join(lines) + "\n")
-    blocks.append("Keys\n" + keys_text("", command.schema))
+    blocks.append("Keys\n" + "".join(keys_texts("", command.schema).values()))
     for section in command.sections:
         kinds = SECTION_SCHEMAS.get(section)
         if kinds is None:
-            blocks.append(f"{section}\n" + keys_text(f"{section}.", section_schema(command.schema, section)))
+            texts = keys_texts(f"{section}.", section_schema(command.schema, section))
+            blocks.append(f"{section}\n" + "".join(texts.values()))
             continue
-        shared = {entry.name for entry in fields(section_schema(command.schema, section))}
-        for number, (kind, schema) in enumerate(kinds.items()):
-            own = keys_text(f"{section}.", schema, leave_out={"name"} if number == 0 else shared)
-            title = f"{section}={kind}" if number == 0 else f"{section}={kind}, and those shared with the above"
-            blocks.append(f"{title}\n" + own)
+        shown: dict[str, str] = {}
+        blocks += [f"{section}={kind}\n{kind_text(section, kind, schema, shown)}" for kind, schema in kinds.items()]
     blocks.append("Flags\n" + FLAGS + ("  --bottom            the same as bottom=true\n" if name == "show" else ""))
     blocks.append("Examples\n" + "".join(f"  {example}\n" for example in EXAMPLES[name]))
     return "\n".join(blocks)
@@ -98,20 +97,42 @@ def section_schema(root: type, section: str) -> type:
     return schema
 
 
-def keys_text(prefix: str, schema: type, leave_out: set[str] | None = None) -> str:
-    """A line a key: ``key=default``, meaning, type and range."""
-    lines = []
+def kind_text(section: str, kind: str, schema: type, shown: dict[str, str]) -> str:
+    """The keys of one kind of a section; of those that an earlier kind has just so, the names only.
+
+    Args:
+        shown: a key's lines -> the kind that they are printed for; this one's are added.
+    """
+    lines, repeated = "", dict[str, list[str]]()
+    for name, text in keys_texts(f"{section}.", schema).items():
+        if name == "name":  # the group's choice, listed as such
+            continue
+        if text in shown:
+            repeated.setdefault(shown[text], []).append(name)
+        else:
+            lines += text
+            shown[text] = kind
+    for other, names in repeated.items():
+        said = f"as with {section}={other}: {', '.join(names)}"
+        lines += textwrap.fill(said, WIDTH, initial_indent="  ", subsequent_indent="    ") + "\n"
+    return lines or "  no key of its own\n"
+
+
+def keys_texts(prefix: str, schema: type) -> dict[str, str]:
+    """Name -> ``key=default``, meaning, type and range, in lines; of every key but sections."""
+    texts = {}
     for entry in fields(schema):
-        if is_section(entry) or entry.name in (leave_out or ()):
+        if is_section(entry):
             continue
         head = f"  {prefix}{entry.name}={default_text(entry)}"
-        text = f"{entry.metadata['meaning']} ({range_text(entry)})"
-        wrapped = textwrap.wrap(text, WIDTH - 36)
+        wrapped = textwrap.wrap(f"{entry.metadata['meaning']} ({range_text(entry)})", WIDTH - 36)
+        lines = []
         if len(head) > 34:
             lines.append(head)
             head = ""
         lines += [f"{head:<36}{wrapped[0]}", *(" " * 36 + line for line in wrapped[1:])]
-    return "\n".join(lines) + "\n"
+        texts[entry.name] = "\n".join(lines) + "\n"
+    return texts
 
 
 def default_text(entry: Field[Any]) -> str:

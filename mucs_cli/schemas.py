@@ -256,6 +256,9 @@ class QueriesConfig:
 class SampledQueriesConfig(QueriesConfig):
     name: str = option("sampled", "where the images to explain come from; set by queries=")
     num: int = option(10, "generated images to explain", minimum=1)
+    held_out: int = option(
+        0, "held-out images (data.holdout) to explain as well, after the generated ones; drawn by seed", minimum=0
+    )
     seed: int = option(II("seed"), "seed of the first query; query i has a stream of its own")
     classes: list[int] | None = option(None, "classes to sample in turn, for a conditional model; null: all")
 
@@ -394,6 +397,23 @@ class RetrainingEvaluationConfig(EvaluationConfig):
 
 
 @dataclass
+class MetricsConfig(EvaluationConfig):
+    """Keys of every evaluation that compares pictures; the weights decide its results, wherever they lie."""
+
+    metrics: list[str] = option(
+        ["ssim", "mae", "cosine"], "similarities of pictures: ssim, mae, cosine, lpips, clip, dino, sscd"
+    )
+    lpips_path: str | None = option(None, "lpips: the file that scripts/convert/lpips.py wrote", affects_result=False)
+    clip_path: str | None = option(
+        None, "clip: folder of a CLIP model in safetensors, or its name on the hub", affects_result=False
+    )
+    dino_path: str | None = option(
+        None, "dino: folder of a DINO or DINOv2 model in safetensors, or its name on the hub", affects_result=False
+    )
+    sscd_path: str | None = option(None, "sscd: the file that scripts/convert/sscd.py wrote", affects_result=False)
+
+
+@dataclass
 class ReportConfig:
     k: int = option(10, "top training images shown for each query", minimum=1)
     exclude_exact: bool = option(False, "leave exact copies of the query out of the ranking")
@@ -407,3 +427,4 @@ class ReportConfig:
         "highest scores of a query of which each group's share is shown; null: 1 % of the images, at least 10",
         minimum=1,
     )
+    images: bool = option(True, "pictures; false: file names and scores only, for data that must not travel")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from mucs_cli import __version__
 from mucs_cli.cli import main
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, known_keys
+from mucs_cli.evaluation import EVALUATIONS
+from mucs_cli.methods import METHODS
 from mucs_cli.stages import status
 
 TINY = ["experiment=digits", "run=r", "device=cpu", "data.limit=32", "training.num_steps=2", "training.warmup_steps=1"]
@@ -81,6 +85,21 @@ def test_a_commands_help_lists_each_of_its_keys_with_its_meaning(
             assert f"  {key}=" not in text
     assert main(["help", command]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_help_has_a_methods_key_again_only_where_its_default_meaning_or_range_differ(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["score", "--help"]) == 0
+    text = capsys.readouterr().out
+    blocks = {block.splitlines()[0]: block for block in text.split("\n\n") if block.startswith("method=")}
+    assert set(blocks) == {f"method={name}" for name in METHODS}
+    assert text.count("  method.projection=sparse ") == 1  # five methods have it
+    assert "  method.num_projections=4096 " in blocks["method=das"]  # the others': 32768
+    assert text.count("  method.num_projections=32768 ") == 1
+    for name, method in METHODS.items():
+        words = set(re.split(r"[\s,.=]+", blocks[f"method={name}"]))
+        assert {entry.name for entry in fields(method.schema)} - {"name"} <= words
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -247,7 +266,12 @@ def test_an_interrupted_run_says_how_to_go_on(number: int, code: int, tmp_path: 
         "training.checkpoint_every_seconds=0.2",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mucs_cli", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "mucs_cli", *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background, such as these tests, with the interrupt ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 90
     while not (tmp_path / "r" / "train" / "checkpoint").exists():
@@ -295,6 +319,30 @@ def test_a_run_is_done_once_and_its_status_told_and_cleaned(here: Path, capsys: 
     assert "sample: up to date" in capsys.readouterr().err
 
 
+def test_the_status_of_a_run_of_somebody_elses_model_has_no_training(tmp_path: Path) -> None:
+    for name, listed in (("pretrained", False), ("dit", True)):
+        (tmp_path / "run.json").write_text(json.dumps({"config": {"model": {"name": name}}}))
+        assert ("train" in [entry.name for entry in status.entries_of(tmp_path)]) is listed
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("report.k=31", "report.k: got 31; expected at most 30"),
+        ("report.group_k=31", "report.group_k: got 31; expected at most 30"),
+        ("report.group_by=[lable]", "report.group_by: got 'lable'; expected one of label. Did you mean 'label'?"),
+        ("score.group_by=[lable]", "score.group_by: got 'lable'; expected one of label."),
+    ],
+)
+def test_a_run_refuses_what_its_last_stages_cannot_do_before_it_trains(
+    key: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["data.limit=30", "report.k=5"]
+    assert error_of(["run", *TINY, *size, key], capsys).startswith(message)
+    assert not (here / "r" / "train").exists()
+    assert main(["run", *TINY, *size, key, "stages=[train]"]) == 0  # which asks for none of it
+
+
 def test_cleaning_leaves_what_unfinished_stages_need(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     (folder / "checkpoint").mkdir(parents=True)
@@ -331,7 +379,7 @@ def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(
         ("mucs train training.decay=c", ["training.decay=constant", "training.decay=cosine"]),
         ("mucs show bottom=", ["bottom=true", "bottom=false"]),
         ("mucs e", ["evaluate"]),
-        ("mucs evaluate evaluation=", ["evaluation=overlap"]),
+        ("mucs evaluate evaluation=", [f"evaluation={name}" for name in EVALUATIONS]),
         ("mucs score run=r method=p", ["method=pixel"]),
         ("mucs nope run", []),
     ],

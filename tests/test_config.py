@@ -117,6 +117,15 @@ def test_every_later_default_derives_from_the_one_seed() -> None:
         (["score.batch_size=20"], "score.batch_size: got 20; expected a multiple of 16."),
         (["diffusion.sigma_data=wide"], "diffusion.sigma_data: got 'wide'; expected a positive number or one of auto."),
         (["unlearning.trainable=patterns"], "unlearning.patterns: got [] with unlearning.trainable=patterns"),
+        (
+            ["method=dtrak", "method.patterns=[x]"],
+            "method.patterns: got ['x'] with method.trainable=all; expected patt",
+        ),
+        (
+            ["method=abu", "method.num_blocks=1"],
+            "method.num_blocks: got 1 with method.trainable=key_value; expected num",
+        ),
+        (["unlearning.trainable=last_blocks"], "unlearning.num_blocks: got None with unlearning.trainable=last_blocks"),
         (["data=image_folder"], "data.path: is not set; expected folder of"),
         (["stages=[train,fly]"], "stages: got 'fly'; expected train, sample, unlearn, score, evaluate or report."),
         (["training.num_steps=${nope}"], "training.num_steps: cannot be resolved: Interpolation key 'nope' not found."),

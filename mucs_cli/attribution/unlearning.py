@@ -192,6 +192,7 @@ def unlearn(
     preconditioner: Mapping[str, Tensor] | None = None,
     noise_levels: Tensor | None = None,
     instance_weight: InstanceWeight | None = None,
+    micro_batch_key: str = "unlearning.micro_batch_size",
 ) -> UnlearningResult:
     """Unlearns one query in place of ``denoiser``'s weights, and returns what changed.
 
@@ -212,6 +213,7 @@ def unlearn(
         preconditioner: name -> factors of the gradient, in the parameter's shape, for every trainable parameter.
         noise_levels: levels to draw from uniformly, [L]; None for the distribution the model is trained with.
         instance_weight: weights of the training images of each batch, scaled to mean 1 there.
+        micro_batch_key: what messages call ``settings.micro_batch_size``.
     Returns:
         The changed tensors (copies), the number of updates, the log, and the query's loss before and after.
     Raises:
@@ -242,7 +244,7 @@ def unlearn(
     optimizer = make_optimizer(
         parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    memory = _MemoryLimit(settings.micro_batch_size)
+    memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key)
     limit = settings.max_steps if settings.num_steps is None else settings.num_steps
     result = UnlearningResult({}, 0, None if settings.num_steps is not None else False)
     for step in range(limit + 1 if settings.num_steps is None else limit):
@@ -311,8 +313,8 @@ def _multiply_gradient(parameters: Mapping[str, nn.Parameter], factors: Mapping[
 class _MemoryLimit:
     """How many images share a forward pass; halved whenever memory runs out, for the rest of the run."""
 
-    def __init__(self, size: int | None):
-        self.size = size
+    def __init__(self, size: int | None, key: str):
+        self.size, self.key = size, key
 
     def run(self, work: Callable[[int], Result], whole: int) -> Result:
         """``work(size)``, again with half the size after running out of memory; ``whole`` is the first size to try."""
@@ -321,7 +323,7 @@ class _MemoryLimit:
             try:
                 return work(size)
             except RuntimeError as error:
-                self.size = smaller_batch(error, size, "unlearning.micro_batch_size")
+                self.size = smaller_batch(error, size, self.key)
 
 
 def _losses(denoiser: Denoiser, batch: UnlearningBatch, part: slice) -> Tensor:

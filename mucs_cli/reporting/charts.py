@@ -316,6 +316,8 @@ def heat_map(names: Sequence[str], values: NDArray[np.float64], title: str, low:
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02)
     bar.outline.set_visible(False)
+    assert bar.solids is not None  # a bar of filled colours
+    bar.solids.set_rasterized(False)  # no picture in the SVG: a report without pictures may keep it
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=FONT_SIZE)
     return figure
 

@@ -1,13 +1,30 @@
 """How variants differ: in their configuration, and in the rankings they give."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from mucs_cli.artifacts import flatten
 from mucs_cli.attribution.ranks import average_ranks
-from mucs_cli.reporting.results import Ranked, Variant
+from mucs_cli.reporting.facts import duration, value_text
+from mucs_cli.reporting.results import Ranked, RunResults, Variant
+
+
+@dataclass(frozen=True)
+class VariantView:
+    """One line of the table of variants; overlap and Spearman are means over the queries shared with the first."""
+
+    name: str
+    settings: list[str]
+    steps: str
+    reached: str
+    unlearn_seconds: str
+    score_seconds: str
+    overlap: str
+    spearman: str
 
 
 def variant_config(variant: Variant) -> dict[str, Any]:
@@ -16,9 +33,12 @@ def variant_config(variant: Variant) -> dict[str, Any]:
 
 
 def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all of ``configs``, in the order in which they first appear."""
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+    """The keys with different values in the ``configs`` that have them, in the order in which they first appear."""
+    values: dict[str, list[Any]] = {}
+    for config in configs:
+        for key, value in config.items():
+            values.setdefault(key, []).append(value)
+    return [key for key, found in values.items() if any(value != found[0] for value in found)]
 
 
 def overlap(first: Sequence[Ranked], second: Sequence[Ranked]) -> int:
@@ -36,3 +56,31 @@ def spearman(first: Variant, second: Variant, query: int) -> float | None:
     if len(ours) < 2 or ours.std() == 0 or theirs.std() == 0:
         return None
     return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+def variant_view(
+    results: RunResults, variant: Variant, config: dict[str, Any], differing: list[str], k: int, exclude_exact: bool
+) -> VariantView:
+    records = variant.unlearn.get("results", [])
+    steps = [record["num_steps"] for record in records if record.get("num_steps") is not None]
+    reached = [record["reached_bound"] for record in records if record.get("reached_bound") is not None]
+    first = results.variants[0]
+    shared = [query for query in variant.query_ids if query in first.query_ids]
+    overlaps, correlations = [], []
+    for query in shared if variant is not first else []:
+        ours, theirs = (
+            results.ranking(v, query, k, exclude_exact=exclude_exact, key="report.k") for v in (variant, first)
+        )
+        overlaps.append(overlap(ours, theirs))
+        correlations.append(spearman(first, variant, query))
+    defined = [value for value in correlations if value is not None]
+    return VariantView(
+        name=variant.name,
+        settings=[value_text(config.get(key)) for key in differing],
+        steps=f"{median(steps):g} ({min(steps)} to {max(steps)})" if steps else "–",
+        reached=f"{sum(reached)} of {len(reached)}" if reached else "–",
+        unlearn_seconds=duration(variant.unlearn.get("seconds")),
+        score_seconds=duration(variant.manifest.get("seconds")),
+        overlap=f"{np.mean(overlaps):.1f} of {k}" if overlaps else "–",
+        spearman=f"{np.mean(defined):.3f}" if defined else "–",
+    )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mucs_cli.artifacts import flatten
+from mucs_cli.artifacts import flatten, is_fingerprint
 from mucs_cli.reporting.results import RunResults
 
 FRAME = (
@@ -70,6 +70,7 @@ def stage_manifests(results: RunResults) -> dict[str, dict[str, Any]]:
         if variant.unlearn:
             found[f"unlearn/{variant.manifest.get('unlearn_variant')}"] = variant.unlearn
     found |= {f"score/{variant.name}": variant.manifest for variant in results.variants}
+    found |= {f"evaluate/{name}": manifest for name, manifest in results.evaluations.items()}
     return {folder: manifest for folder, manifest in found.items() if manifest}
 
 
@@ -80,6 +81,30 @@ def fact_tables(results: RunResults) -> list[FactTable]:
     tables += [stage_table(folder, manifest) for folder, manifest in manifests.items()]
     tables += [versions_table(manifests.values()), fingerprint_table(results, manifests)]
     return tables
+
+
+def identity(results: RunResults) -> list[tuple[str, str]]:
+    """What the scores are of, and the scores: name and full SHA-256, each once."""
+    found = [("data", str(results.data.get("fingerprint", "–")))]
+    found += [("model", str(value)) for value in [results.sample.get("inputs", {}).get("model")] if value]
+    found += [("queries", sha256_of(results.sample, "samples.safetensors"))]
+    banks = {variant.manifest.get("inputs", {}).get("noise_bank"): None for variant in results.variants}
+    found += [("noise bank", str(bank)) for bank in banks if bank]
+    return [*found, *((f"scores of {v.name}", sha256_of(v.manifest, "scores.safetensors")) for v in results.variants)]
+
+
+def sha256_of(manifest: Mapping[str, Any], output: str) -> str:
+    return str(manifest.get("outputs", {}).get(output, {}).get("sha256", "–"))
+
+
+def run_versions(results: RunResults) -> list[str]:
+    """The versions of mucs, each with its git revision where that is known, that scored."""
+    texts: dict[str, None] = {}
+    for variant in results.variants:
+        found = variant.manifest.get("versions", {})
+        revision = f" (git {found['git']})" if "git" in found else ""
+        texts[f"{found.get('mucs', '–')}{revision}"] = None
+    return list(texts)
 
 
 def data_table(results: RunResults) -> FactTable:
@@ -117,7 +142,12 @@ def fingerprint_table(results: RunResults, manifests: Mapping[str, Mapping[str, 
     """SHA-256 of what went into each stage and came out of it."""
     rows = [("data", str(results.data.get("fingerprint", "–")))]
     for folder, manifest in manifests.items():
-        rows += [(f"{folder} ← {key}", str(value)) for key, value in flatten(manifest.get("inputs", {})).items()]
+        for key, value in manifest.get("inputs", {}).items():
+            prints = {f" {query}": each for query, each in value.items()} if isinstance(value, dict) else {"": value}
+            if len(prints) > MANY_FILES:
+                rows.append((f"{folder} ← {key}, {len(prints)} queries", f"listed in {folder}/manifest.json"))
+            else:
+                rows += [(f"{folder} ← {key}{query}", each) for query, each in prints.items() if is_fingerprint(each)]
         outputs = manifest.get("outputs", {})
         if len(outputs) > MANY_FILES:
             rows.append((f"{folder} → {len(outputs)} files", f"listed in {folder}/manifest.json"))

@@ -2,7 +2,9 @@
 
 import base64
 import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +12,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mucs_cli.reporting.results import Ranked, RunResults, Variant, score_text
 
-THUMBNAIL_SIDE = 128
-"""Longest side, in pixels, of an image inside the report; larger ones are reduced to keep the file small."""
+
+class Encoding(NamedTuple):
+    """Longest side of a thumbnail, in pixels, and the quality of its JPEG, 1 to 95; None: PNG, which loses nothing."""
+
+    side: int
+    quality: int | None
+
+
+ENCODINGS = (Encoding(128, None), Encoding(128, 85), Encoding(128, 70), Encoding(96, 70), Encoding(64, 60))
+"""The best first; larger images are reduced to the side."""
+PictureKey = tuple[str, int]
+"""``("query", index)`` or ``("training", example_id)``."""
+SHEET_BUDGET = 10_000_000
+"""Characters that all thumbnails of a page may take: with tables and plots it stays below 15 MB."""
 PICTURE_QUERIES = 10
 """Rows of the picture at most: it is an overview, the report has every query."""
 PICTURE_COLUMNS = 10
@@ -26,7 +40,7 @@ ROW, HEADER, FOOTER = TILE + 84, 150, 64
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image as a data: URI with its own size in pixels; ``pixelated`` where it has to be enlarged without blur."""
+    """An image as a data: URI with its size in pixels; ``pixelated`` where it has to be enlarged without blur."""
 
     uri: str
     width: int
@@ -40,22 +54,42 @@ def to_picture(image: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def thumbnail(image: NDArray[np.float32]) -> Thumbnail:
-    """[C, H, W] in [-1, 1] as a PNG inside a data: URI."""
+def thumbnail(image: NDArray[np.float32], encoding: Encoding) -> Thumbnail:
+    """[C, H, W] in [-1, 1] inside a data: URI."""
     picture = to_picture(image)
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    return Thumbnail(
-        "data:image/png;base64," + base64.b64encode(png(picture)).decode(),
-        picture.width,
-        picture.height,
-        max(picture.size) < THUMBNAIL_SIDE,
-    )
-
-
-def png(picture: Image.Image) -> bytes:
+    pixelated = max(picture.size) < encoding.side
+    picture.thumbnail((encoding.side, encoding.side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    if encoding.quality is None:
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", quality=encoding.quality, optimize=True)
+    uri = f"data:image/{'png' if encoding.quality is None else 'jpeg'};base64,"
+    return Thumbnail(uri + base64.b64encode(buffer.getvalue()).decode(), picture.width, picture.height, pixelated)
+
+
+def thumbnails(
+    keys: Iterable[PictureKey], image_of: Callable[[PictureKey], NDArray[np.float32]], budget: int = SHEET_BUDGET
+) -> tuple[dict[PictureKey, Thumbnail], Encoding]:
+    """One thumbnail a key, all in the best encoding that keeps within the budget, else in the last.
+
+    Args:
+        keys: of the images, each may come several times.
+        image_of: gives the image of a key, [C, H, W] in [-1, 1].
+        budget: characters that the data: URIs may take together.
+    """
+    wanted = list(dict.fromkeys(keys))
+    for encoding in ENCODINGS[:-1]:
+        found = {}
+        size = 0
+        for key in wanted:
+            found[key] = thumbnail(image_of(key), encoding)
+            size += len(found[key].uri)
+            if size > budget:
+                break
+        else:
+            return found, encoding
+    return {key: thumbnail(image_of(key), ENCODINGS[-1]) for key in wanted}, ENCODINGS[-1]
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, map_tensor, read_json, read_tensors, require_manifest, sha256_file
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.evaluation.measures.near_duplicates import NearDuplicates, near_duplicates
 from mucs_cli.reporting.csv_rows import read_rows
+from mucs_cli.rng import generator
 
 INDEX_COLUMNS = ("example_id", "file", "sha256", "split")
 """Columns of data/index.csv that are not the data set's own metadata."""
 QUERY_COLUMNS = ("query", "file")
 """Columns of sample/queries.csv that are not the metadata of the queries' folder."""
+TRAINED = "training"
+"""The split of the images that the model was trained on."""
+REFERENCE_SEED = 0
+"""Of the training images whose distances from each other say what is near; the same for every run."""
 TARGET = 0
 """The role of a query that is attributed; controls are not."""
 
@@ -71,6 +77,12 @@ class Variant:
             raise UserError("query", f"got {query}; expected {spell_ids(self.query_ids)}, the queries of {self.name}.")
         return self.score[self.query_ids.index(query)]
 
+    @property
+    def null_loss(self) -> float | None:
+        """The bound of its unlearning; None without unlearning or bound."""
+        bound: float | None = self.unlearn.get("null_loss")
+        return bound
+
     def unlearning_of(self, query: int) -> dict[str, Any]:
         """What the unlearning manifest records for one query; empty where it records nothing."""
         return next((record for record in self.unlearn.get("results", []) if record.get("query") == query), {})
@@ -100,6 +112,11 @@ class RunResults:
         )
         if not self.variant_names:
             require_manifest(run / "score" / (self.unfinished[0] if self.unfinished else "mucs"), "score")
+        evaluations = {path.name: path for path in sorted((run / "evaluate").glob("*/"))}
+        found = {name: optional_manifest(path) for name, path in evaluations.items()}
+        self.evaluations = {name: manifest for name, manifest in found.items() if manifest}
+        """Name -> manifest of the finished ones."""
+        self.unfinished_evaluations = [name for name in found if name not in self.evaluations]
         self._variants: dict[str, Variant] = {}
 
     # --- variants ----------------------------------------------------------------------------------------------------
@@ -237,6 +254,16 @@ class RunResults:
         roles = self.samples["role"].tolist() if "role" in self.samples else [TARGET] * count
         return [query for query in range(count) if roles[query] == TARGET and query not in variant.query_ids]
 
+    @cached_property
+    def near_duplicates(self) -> NearDuplicates | None:
+        """For each query its nearest training image; None where queries and images are of different shapes."""
+        if self.queries.shape[1:] != self.images.shape[1:]:
+            return None
+        trained = np.array([i for i, row in enumerate(self.index) if row["split"] == TRAINED], np.int64)
+        return near_duplicates(
+            self.queries, self.images, self.levels, trained, generator(REFERENCE_SEED, "near_duplicates")
+        )
+
     def training_image(self, example_id: int) -> NDArray[np.float32]:
         """[C, H, W] in [-1, 1]."""
         return self.images[example_id].astype(np.float32) * (2 / self.levels) - 1
@@ -317,6 +344,21 @@ def read_output(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, 
     return read_tensors(folder / name, manifest.get("outputs", {}).get(name, {}).get("sha256"))
 
 
+def read_file(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
+    """One output of a stage that is no tensor file, checked against its manifest's hash.
+
+    Raises:
+        UserError: it is missing, or not the file that was written.
+    """
+    path = folder / name
+    if not path.is_file() or sha256_file(path) != manifest.get("outputs", {}).get(name, {}).get("sha256"):
+        raise UserError(
+            str(path),
+            "is missing or not the file its manifest names (SHA-256 differs). Rerun its stage with overwrite=true.",
+        )
+    return path.read_bytes()
+
+
 def optional_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that a run can do without; empty where there is none."""
     path = folder / "manifest.json"
@@ -344,5 +386,7 @@ def spell_ids(ids: Iterable[int]) -> str:
 
 
 def score_text(score: float) -> str:
-    """A score with its sign, in a fixed width for scores of ordinary size."""
+    """A score with its sign: four decimals, two of a large one; in scientific notation where it is huge or tiny."""
+    if abs(score) >= 10:
+        return f"{score:+.2f}" if abs(score) < 1e5 else f"{score:+.4e}"
     return f"{score:+.4f}" if abs(score) >= 5e-4 or score == 0 else f"{score:+.1e}"

@@ -95,6 +95,11 @@ def marked(
     return [replace(estimate, mark=mark(place)) for place, estimate in enumerate(estimates)]
 
 
+def leaves_out_zero(low: float | None, high: float | None) -> bool:
+    """Whether an interval is known, and all of it on one side of 0."""
+    return low is not None and high is not None and not low <= 0 <= high
+
+
 def to_csv(table: Table) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

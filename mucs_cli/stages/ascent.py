@@ -37,6 +37,7 @@ class Ascent(Unlearner):
             query,
             self.on_step,
             preconditioner=self.preconditioner(),
+            micro_batch_key="method.micro_batch_size",
         )
 
     def preconditioner(self) -> Mapping[str, Tensor] | None:
@@ -111,19 +112,9 @@ def chosen_parameters(work: Work) -> list[str]:
     """Names of the parameters that ``method.trainable`` and the keys beside it choose.
 
     Raises:
-        UserError: ``patterns`` or ``num_blocks`` do not go with ``trainable``, or nothing matches.
+        UserError: nothing matches.
     """
     config = work.config.method
-    for key, preset, given in (
-        ("patterns", "patterns", bool(config.patterns)),
-        ("num_blocks", "last_blocks", config.num_blocks is not None),
-    ):
-        if (config.trainable == preset) != given:
-            raise UserError(
-                f"method.{key}",
-                f"got {getattr(config, key)} with method.trainable={config.trainable}; expected {key} exactly when "
-                f"trainable={preset}. Set both or neither.",
-            )
     preset = config.trainable
     if preset == "key_value":
         names = [name for name in work.parameter_names() if name.endswith(KEY_VALUE)]

@@ -37,9 +37,23 @@ if TYPE_CHECKING:
 
 PER_COMMAND = ("run", "device", "overwrite", "stages", "plan")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
-PATHS = ("data.path", "data.text_encoder", "model.path", "queries.path", "queries.condition_file", "method.path")
-"""Keys that name a file or folder, relative to where the command is typed; some may also name one on a hub."""
-MAY_BE_NAMES = ("data.text_encoder", "queries.condition_file", "method.path")
+MAY_BE_NAMES = (
+    "data.text_encoder",
+    "queries.condition_file",
+    "method.path",
+    "evaluation.clip_path",
+    "evaluation.dino_path",
+)
+"""Keys that name a file or folder, or one on a hub or in another folder."""
+PATHS = (
+    "data.path",
+    "model.path",
+    "queries.path",
+    "evaluation.lpips_path",
+    "evaluation.sscd_path",
+    *MAY_BE_NAMES,
+)
+"""Keys that name a file or folder, relative to where the command is typed."""
 
 MAX_VARIANT_NAME = 100
 

@@ -1,6 +1,7 @@
 """The latents of the training images: encoded once a run, kept beside the decoded pictures."""
 
 import torch
+from torch import Tensor
 
 from mucs_cli.artifacts import BlockFile, fingerprint, map_tensor
 from mucs_cli.attribution.scoring import GRANULE, blocks_of
@@ -10,7 +11,7 @@ from mucs_cli.runtime import Progress, log
 from mucs_cli.stages.context import Context
 
 BATCH_SIZE = GRANULE
-"""Pictures encoded at once; fixed, so that an interrupted encoding goes on to the same bits."""
+"""Pictures encoded, or decoded, at once; fixed, so that an interrupted encoding goes on to the same bits."""
 
 
 def encode_dataset(
@@ -46,3 +47,14 @@ def encode_dataset(
         stage.finish({"device": str(device), "counts": {"images": len(pixels)}}, [path])
         log.info("data: %d images encoded, latents in %s", len(pixels), folder)
     return LatentDataset.of(pixels, map_tensor(path, "latent"))
+
+
+def encode(codec: LatentCodec, picture: Tensor, device: torch.device) -> Tensor:
+    """Latents, on the CPU."""
+    return torch.cat([codec.encode(part.to(device)).cpu() for part in picture.split(BATCH_SIZE)])
+
+
+def decode(codec: LatentCodec, latent: Tensor, device: torch.device) -> Tensor:
+    """Pictures in [-1, 1], on the CPU."""
+    parts = [codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in latent.split(BATCH_SIZE)]
+    return torch.cat(parts)

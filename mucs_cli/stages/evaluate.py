@@ -47,7 +47,7 @@ def run(context: Context) -> None:
 
 
 def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -> list[Path]:
-    """The files with the results, the table and the charts."""
+    """The files with the results, the table, the charts, and what else the evaluation keeps."""
     write_json(folder / RESULTS, results)
     for name, write in TABLES.items():
         write_text(folder / name, write(evaluator.table(results)))
@@ -56,7 +56,7 @@ def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -
         for name, figure in evaluator.charts(results).items()
         for path in write_chart(figure, folder / CHARTS, name)
     ]
-    return [folder / RESULTS, *[folder / name for name in TABLES], *charts]
+    return [folder / RESULTS, *[folder / name for name in TABLES], *charts, *evaluator.files(folder)]
 
 
 def print_plan(evaluator: Evaluator) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mucs_cli.reporting.tables import Table
@@ -33,6 +34,10 @@ class Evaluator(ABC):
     @abstractmethod
     def table(self, results: dict[str, Any]) -> Table:
         """The results, as ``evaluate`` gave them, for the reader."""
+
+    def files(self, folder: Path) -> list[Path]:
+        """Writes what else belongs to the results, after ``evaluate``; returns the files."""
+        return []
 
     def charts(self, results: dict[str, Any]) -> "dict[str, Figure]":
         """The results as charts; file name without suffix -> figure. The same results give the same charts."""

@@ -1,4 +1,4 @@
-"""Settings of gradient features from the configuration: parameters, projection, noise and block size."""
+"""Settings of gradient features from the configuration: projection, noise and block size."""
 
 from typing import Any
 
@@ -7,35 +7,13 @@ from torch import Tensor
 
 from mucs_cli.attribution.projection import Projection
 from mucs_cli.attribution.scoring import GRANULE, fitted_block_size
-from mucs_cli.errors import UserError
 from mucs_cli.methods.gradient_base import GradientConfig
 from mucs_cli.rng import generator
 from mucs_cli.runtime import log
-from mucs_cli.stages.unlearner import choose_trainable
-from mucs_cli.stages.work import Work
 
 IMAGES_AT_ONCE = {"sparse": 256, "identity": 256, "gaussian": 1024}
 """Training images a block at most, so that little is lost by an interruption. Each block of a Gaussian projection draws
 the whole matrix again, which pays for many images only."""
-
-
-def chosen_parameters(work: Work, config: GradientConfig) -> list[str]:
-    """Names of the parameters to differentiate by.
-
-    Raises:
-        UserError: ``patterns`` or ``num_blocks`` do not go with ``trainable``, or nothing matches.
-    """
-    for key, preset, given in (
-        ("patterns", "patterns", bool(config.patterns)),
-        ("num_blocks", "last_blocks", config.num_blocks is not None),
-    ):
-        if (config.trainable == preset) != given:
-            raise UserError(
-                f"method.{key}",
-                f"got {getattr(config, key)} with method.trainable={config.trainable}; expected {key} exactly when "
-                f"trainable={preset}.",
-            )
-    return choose_trainable(work, config.trainable, config.patterns, config.num_blocks, "method")
 
 
 def make_projection(config: GradientConfig, num_parameters: int) -> Projection:

@@ -30,12 +30,12 @@ from mucs_cli.runtime import Progress, log, smaller_batch
 from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
 from mucs_cli.stages.feature_settings import (
     choose_block_size,
-    chosen_parameters,
     draw_noise,
     make_projection,
     projection_facts,
 )
 from mucs_cli.stages.loading import machine_facts, save_machine_facts
+from mucs_cli.stages.unlearner import choose_trainable
 from mucs_cli.stages.work import Work
 
 FEATURES_VERSION = 1
@@ -55,14 +55,14 @@ class FeatureStore:
         output: what is differentiated, see ``make_output``.
         normalise_each: see ``features``.
     Raises:
-        UserError: parameters are chosen in a way that cannot be, or none matches.
+        UserError: no parameter matches.
     """
 
     def __init__(self, work: Work, output: str, normalise_each: bool = False):
         config: GradientConfig = work.config.method
         self.work, self.config = work, config
         self.device, self.denoiser = work.inputs.device, work.inputs.model.denoiser
-        self.names = chosen_parameters(work, config)
+        self.names = choose_trainable(work, config.trainable, config.patterns, config.num_blocks, "method")
         parameters = dict(self.denoiser.network.named_parameters())
         self.num_parameters = sum(parameters[name].numel() for name in self.names)
         self.projection = make_projection(config, self.num_parameters)

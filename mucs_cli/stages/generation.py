@@ -27,7 +27,8 @@ def refuse_sampler_keys(context: Context, model: BaseModel) -> None:
 def query_conditions(model: BaseModel, data: ImageDataset, config: SampledQueriesConfig) -> Tensor | None:
     """What each query is sampled under; None for an unconditional model.
 
-    Labels: the chosen classes in turn. Vectors: those of training images drawn from the stream ("query_condition").
+    Labels: the chosen classes in turn. Vectors: those of held-out images, or of training images where there are none,
+    drawn from the stream ("query_condition").
     """
     network, classes, count = model.denoiser.network, config.classes, config.num
     num_classes = network.num_classes
@@ -36,8 +37,9 @@ def query_conditions(model: BaseModel, data: ImageDataset, config: SampledQuerie
             raise UserError("queries.classes", f"got {classes}; the model has no classes. Leave it out.")
         if not network.is_conditional:
             return None
-        order = ShuffledOrder(len(data.training), config.seed, "query_condition")
-        return data.conditions(data.training[order.batch(0, count).numpy()])
+        ids = data.held_out if len(data.held_out) else data.training
+        order = ShuffledOrder(len(ids), config.seed, "query_condition")
+        return data.conditions(ids[order.batch(0, count).numpy()])
     classes = list(range(num_classes)) if classes is None else classes
     if not classes or not all(0 <= c < num_classes for c in classes):
         raise UserError("queries.classes", f"got {classes}; expected classes from 0 to {num_classes - 1}.")

@@ -19,6 +19,7 @@ from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.diffusion.pretrained import Pretrained, load_pretrained
 from mucs_cli.errors import UserError
+from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.stages.context import Context
@@ -92,10 +93,32 @@ def load_inputs(context: Context) -> Inputs:
 
 
 def load_data(context: Context, config: DataConfig | None = None) -> ImageDataset:
-    """The run's data; the run's first stage redoes it with ``overwrite``, or where nothing rests on it yet."""
+    """The run's data; the run's first stage redoes it with ``overwrite``, or where nothing rests on it yet.
+
+    Raises:
+        UserError: the data cannot be used, or a later stage of ``mucs run`` would refuse what it is asked for.
+    """
     first = "sample" if isinstance(context.config.model, PretrainedConfig) else "train"
     overwrite = context.command == first and (context.config.overwrite or not context.folder(first).exists())
-    return load_dataset(config or context.config.data, context.run, overwrite)
+    data = load_dataset(config or context.config.data, context.run, overwrite)
+    check_later_stages(context, data)
+    return data
+
+
+def check_later_stages(context: Context, data: ImageDataset) -> None:
+    """Refuses, before the long stages of ``mucs run``, counts and columns that the data does not have.
+
+    Raises:
+        UserError: ``k``, ``group_k`` or ``group_by`` of a stage that is to come.
+    """
+    for stage in getattr(context.config, "stages", ()):
+        if stage not in ("score", "report"):
+            continue
+        settings = getattr(context.config, stage)
+        choose_groupings(settings.group_by, data.metadata, f"{stage}.group_by")
+        choose_k(settings.group_k, len(data.training), f"{stage}.group_k")
+        if stage == "report":
+            choose_k(settings.k, len(data.training), "report.k")
 
 
 def load_trained_model(context: Context, data: ImageDataset, device: torch.device) -> BaseModel:
@@ -235,18 +258,24 @@ def refuse_other_conditions(other: Pretrained, data: ImageDataset, path: Path) -
 # --- queries ---------------------------------------------------------------------------------------------------------
 
 
+ROLES = {"generated": 0, "held_out": 2}
+"""What a query is -> its number in samples.safetensors (1 is what files call a control)."""
+
+
 @dataclass(frozen=True)
 class Queries:
     """All queries of the run, and which of them this command works on.
 
     image: [Q, C, H, W] in the model's space. picture: [Q, C, H, W] in [-1, 1], the same where that is no latent space.
     condition: [Q] labels, [Q, d] vectors or None; query i is row i.
-    fingerprints: of every query, by id. selected: ids, sorted, as ``queries.index`` chooses them.
+    role: of every query, see ``ROLES``. fingerprints: of every query, by id. selected: ids, sorted, as
+    ``queries.index`` chooses them.
     """
 
     image: Tensor
     picture: Tensor
     condition: Tensor | None
+    role: list[int]
     fingerprints: Mapping[int, str]
     selected: list[int]
 
@@ -281,7 +310,8 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
     fingerprints = {int(query): print_ for query, print_ in manifest["queries"].items()}
     selected = chosen_queries(context.config.queries.index, len(fingerprints))
     image = tensors["image"]
-    return Queries(image, tensors.get("picture", image), tensors.get("condition"), fingerprints, selected)
+    picture, condition, role = tensors.get("picture", image), tensors.get("condition"), tensors["role"].tolist()
+    return Queries(image, picture, condition, role, fingerprints, selected)
 
 
 def chosen_queries(index: Any, count: int) -> list[int]:

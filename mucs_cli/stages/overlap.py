@@ -7,54 +7,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mucs_cli.attribution.ranks import top
-from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.overlap import Ids, Overlap, common_ids, id_overlap
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE
 from mucs_cli.reporting.charts import heat_map
-from mucs_cli.reporting.groups import choose_k
 from mucs_cli.reporting.tables import Estimate, Table
 from mucs_cli.rng import generator
-from mucs_cli.stages.context import Context
-from mucs_cli.stages.evaluator import Evaluator
-from mucs_cli.stages.finished import SCORES, FinishedScores, ScoreFiles
-from mucs_cli.stages.loading import chosen_queries
+from mucs_cli.stages.finished import FinishedScores
+from mucs_cli.stages.top_evaluator import TopEvaluator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class OverlapEvaluator(Evaluator):
-    """Overlaps of the ``k`` highest scores of every query that ``queries.index`` chooses.
-
-    A query whose scores are all the same has no top, and is left out and counted.
-
-    Raises:
-        UserError: no scores have finished, or a variant or ``k`` cannot be used, or a variant lacks a chosen query.
-    """
-
-    def __init__(self, context: Context):
-        super().__init__(context)
-        self.config = context.config.evaluation
-        files = ScoreFiles(context.run, "evaluation.variants")
-        names = files.choose(self.config.variants)
-        if not names:
-            raise UserError(
-                "evaluation.variants", f"got none; no scores have finished. Run mucs score run={context.run} first."
-            )
-        self.num_images = files.num_images
-        self.k = choose_k(self.config.k, self.num_images, "evaluation.k")
-        self.variants = [files.read(name) for name in names]
-        index = context.config.queries.index
-        self.chosen = None if index is None else chosen_queries(index, len(files.queries))
-        for variant in self.variants:
-            variant.require(self.chosen or (), "evaluation.variants")
-        self.inputs = {
-            "dataset": files.dataset,
-            "model": files.model,
-            "variants": names,
-            "queries": "all" if self.chosen is None else self.chosen,
-            **{f"scores of {v.name}": v.manifest["outputs"][SCORES]["sha256"] for v in self.variants},
-        }
+class OverlapEvaluator(TopEvaluator):
+    """Overlaps of the highest scores. A query whose scores are all the same has no top, and is left out and counted."""
 
     def evaluate(self) -> dict[str, Any]:
         tops = {variant.name: self._tops(variant) for variant in self.variants}
@@ -71,7 +37,7 @@ class OverlapEvaluator(Evaluator):
     def _tops(self, variant: FinishedScores) -> dict[int, Ids | None]:
         """Query -> example ids of its highest scores; None where all are the same."""
         found: dict[int, Ids | None] = {}
-        for query in variant.query_ids if self.chosen is None else self.chosen:
+        for query in self.queries_of(variant):
             row = variant.row(query)
             found[query] = variant.example_ids[top(row, self.k)] if row.max() > row.min() else None
         return found
@@ -138,9 +104,3 @@ class OverlapEvaluator(Evaluator):
             f"queries; of random sets: {pairs[0]['expected']:.3f}"
         )
         return {"same_query": heat_map(names, values, title, 0, 1)}
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "seeds": {"overlap_resamples": self.config.seed},
-            "counts": {"variants": len(self.variants), "queries": len({q for v in self.variants for q in v.query_ids})},
-        }

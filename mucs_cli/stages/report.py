@@ -17,7 +17,7 @@ from mucs_cli.stages.loading import recorded_data
 
 
 def run(context: Context) -> None:
-    """Writes ``report/index.html`` and ``report/top.png``, unless they already show what the run holds now.
+    """Writes ``report/index.html`` and, with ``report.images``, ``report/top.png``, unless they are up to date.
 
     Raises:
         UserError: nothing was scored yet, ``report.k`` or ``report.group_k`` is too large, ``report.group_by`` names no
@@ -35,15 +35,22 @@ def run(context: Context) -> None:
         return
     for name in results.unfinished:
         log.warning("report: score/%s is not finished; left out", name)
+    for name in results.unfinished_evaluations:
+        log.warning("report: evaluate/%s is not finished; left out", name)
     settings = config.report
-    page = render_report(results, settings.k, settings.exclude_exact, settings.group_by, settings.group_k)
-    picture = top_picture(results, results.variants[0], settings.k, settings.exclude_exact)
+    page = render_report(results, settings)
     stage = Stage(folder, "report", identity)
     stage.begin()
-    write_text(folder / "index.html", page)
-    write_atomic(folder / "top.png", lambda temporary: picture.save(temporary, "PNG", optimize=True))
-    stage.finish({"variants": results.variant_names}, [folder / "index.html", folder / "top.png"])
-    log.info("report: %s and %s", folder / "index.html", folder / "top.png")
+    outputs = [folder / "index.html"]
+    write_text(outputs[0], page)
+    if settings.images:
+        outputs.append(folder / "top.png")
+        picture = top_picture(results, results.variants[0], settings.k, settings.exclude_exact)
+        write_atomic(outputs[1], lambda temporary: picture.save(temporary, "PNG", optimize=True))
+    else:
+        (folder / "top.png").unlink(missing_ok=True)
+    stage.finish({"variants": results.variant_names}, outputs)
+    log.info("report: %s", " and ".join(map(str, outputs)))
 
 
 def inputs(results: RunResults) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def inputs(results: RunResults) -> dict[str, Any]:
         "data": fingerprint(results.data),
         **{folder: fingerprint(manifest) for folder, manifest in manifests.items()},
         "query_files": fingerprint(list(results.query_rows.values())),
-        "unfinished": results.unfinished,
+        "unfinished": results.unfinished + results.unfinished_evaluations,
         "page": fingerprint(template_text()),
     }
 

@@ -62,7 +62,7 @@ class Retrainings:
         if isinstance(context.config.model, PretrainedConfig):
             raise UserError(
                 "evaluation",
-                f"got {context.config.evaluation.name}, which retrains the model; with model=pretrained it is not known "
+                f"got {context.config.evaluation.name}, which retrains; with model=pretrained it is not known "
                 "how. Train one here (mucs train), or use evaluation=overlap or evaluation=retrieval.",
             )
         self.context, self.inputs = context, inputs

@@ -8,23 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
-from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.errors import UserError
-from mucs_cli.rng import derive_seed
+from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import log, log_file
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.encoding import decode, encode
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
-from mucs_cli.stages.loading import Inputs, load_inputs
-
-PICTURES_AT_ONCE = 16
-"""Pictures an autoencoder encodes or decodes at once."""
+from mucs_cli.stages.loading import ROLES, Inputs, load_inputs
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,15 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
     folder = context.folder("sample")
     refuse_sampler_keys(context, inputs.model)
     known = recorded_queries(folder)
+    held_out = held_out_queries(inputs, config)
     stage = context.stage(
         folder,
         "sample",
         sections=("sampler", "queries"),
         inputs={"model": inputs.model.fingerprint, "dataset": inputs.data.fingerprint},
-        queries={query: known.get(query, "to be sampled") for query in range(config.num)},
-        may_grow=("config.queries.num",),
+        queries={query: known.get(query, "to be sampled") for query in range(config.num + len(held_out))},
+        # Ids are given once: after held-out images no generated ones can be added.
+        may_grow=("config.queries.held_out",) if config.held_out else ("config.queries.num",),
     )
     if stage.is_done():
         log.info("sample: up to date (%s)", folder)
@@ -85,18 +85,65 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
     condition = query_conditions(inputs.model, inputs.data, config)
     stage.begin()
     with log_file(folder / "log.txt"):
-        new = range(len(stage.known_queries()), config.num)
-        seeds = torch.tensor([derive_seed(config.seed, "query", i) for i in new])
-        chosen = None if condition is None else condition[new.start :]
-        tensors = {"image": generate(context, inputs, seeds, chosen), "seed": seeds}
-        if inputs.model.codec is not None:
-            tensors["picture"] = decode(inputs.model.codec, tensors["image"], inputs.device)
-        if chosen is not None:
-            tensors["condition"] = chosen
-        decisive = [tensor for name, tensor in tensors.items() if name != "picture"]
-        prints = [fingerprint(*(tensor[i] for tensor in decisive)) for i in range(len(new))]
+        first = len(stage.known_queries())
+        seeds = torch.tensor([derive_seed(config.seed, "query", i) for i in range(min(first, config.num), config.num)])
+        chosen = None if condition is None else condition[config.num - len(seeds) :]
+        images = held_out[max(0, first - config.num) :]
+        tensors = joined(
+            [
+                *([generated_tensors(context, inputs, seeds, chosen)] if len(seeds) else []),
+                *([held_out_tensors(inputs, images)] if len(images) else []),
+            ]
+        )
+        decisive = [tensor for name, tensor in tensors.items() if name not in ("picture", "role")]
+        prints = [fingerprint(*(tensor[i] for tensor in decisive)) for i in range(len(tensors["image"]))]
+        columns = {"file": [""] * len(seeds) + [inputs.pixels.file[i] for i in images]} if len(images) else {}
         facts = {"device": str(inputs.device), "seeds": {"queries": config.seed}}
-        write_queries(stage, NewQueries(tensors, prints), facts)
+        write_queries(stage, NewQueries(tensors, prints, columns), facts)
+
+
+def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray:
+    """Example ids of the held-out images that are queries, from the stream ("held_out_query").
+
+    Raises:
+        UserError: there are not so many.
+    """
+    ids = inputs.data.held_out
+    if config.held_out > len(ids):
+        raise UserError(
+            "queries.held_out",
+            f"got {config.held_out}; the data holds {len(ids)} images out. Ask for fewer, or set data.holdout in a new "
+            "run.",
+        )
+    order = torch.randperm(len(ids), generator=generator(config.seed, "held_out_query")).numpy()
+    chosen: np.ndarray = ids[order[: config.held_out]]
+    return chosen
+
+
+def generated_tensors(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
+    """What is stored of images that are sampled now, one a seed."""
+    tensors = {"image": generate(context, inputs, seeds, condition), "seed": seeds}
+    if inputs.model.codec is not None:
+        tensors["picture"] = decode(inputs.model.codec, tensors["image"], inputs.device)
+    if condition is not None:
+        tensors["condition"] = condition
+    return tensors | {"role": torch.full_like(seeds, ROLES["generated"])}
+
+
+def held_out_tensors(inputs: Inputs, ids: np.ndarray) -> dict[str, Tensor]:
+    """What is stored of images of the data; their seed, which nothing was drawn with, is 0."""
+    seeds = torch.zeros(len(ids), dtype=torch.int64)
+    tensors = {"image": inputs.data.images(ids), "seed": seeds}
+    if inputs.model.codec is not None:
+        tensors["picture"] = inputs.pixels.images(ids)
+    condition = inputs.data.conditions(ids) if inputs.model.denoiser.network.is_conditional else None
+    if condition is not None:
+        tensors["condition"] = condition
+    return tensors | {"role": torch.full_like(seeds, ROLES["held_out"])}
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) -> None:
@@ -186,14 +233,14 @@ def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
     """Appends the new queries to those of the finished stage, if there is one, and finishes it."""
     folder, known = stage.folder, stage.known_queries()
     tensors, columns = new.tensors, new.columns
-    tensors["role"] = torch.zeros(len(new.fingerprints), dtype=torch.int64)
+    tensors.setdefault("role", torch.full((len(new.fingerprints),), ROLES["generated"]))
     path = folder / "samples.safetensors"
     if known:
         old = read_tensors(path, stage.previous["outputs"][path.name]["sha256"])
         tensors = {name: torch.cat([old[name], tensor]) for name, tensor in tensors.items()}
         columns = joined_columns(folder / "queries.csv", columns, len(known))
     stage.queries = known | dict(enumerate(new.fingerprints, len(known)))
-    write_tensors(path, tensors, {"role": "0 target, 1 control"})
+    write_tensors(path, tensors, {"role": "0 generated, 2 held out of training"})
     write_grid(tensors.get("picture", tensors["image"]), folder / "grid.png")
     outputs = [path, folder / "grid.png"]
     if columns:
@@ -222,17 +269,6 @@ def write_columns(path: Path, columns: dict[str, list[str]]) -> None:
     rows.writerow(["query", *columns])
     rows.writerows([query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True)))
     write_text(path, text.getvalue())
-
-
-def encode(codec: LatentCodec, picture: Tensor, device: torch.device) -> Tensor:
-    """Latents, on the CPU."""
-    return torch.cat([codec.encode(part.to(device)).cpu() for part in picture.split(PICTURES_AT_ONCE)])
-
-
-def decode(codec: LatentCodec, latent: Tensor, device: torch.device) -> Tensor:
-    """Pictures in [-1, 1], on the CPU."""
-    parts = [codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in latent.split(PICTURES_AT_ONCE)]
-    return torch.cat(parts)
 
 
 def write_grid(image: Tensor, path: Path, columns: int = 10, gap: int = 1) -> None:

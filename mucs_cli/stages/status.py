@@ -27,9 +27,9 @@ class Entry:
 
     Args:
         name: the stage's folder, relative to the run.
-        state: done, unfinished (with progress where it is known) or absent.
+        state: done, unfinished (with progress where it is known) or absent; or how many models there are.
         when: end of the stage, ISO 8601, UTC; empty unless done.
-        seconds: how long it took; None unless done.
+        seconds: how long it took, all models together; None unless done.
         size: bytes on disk.
         cleanable: files and folders that can be computed again.
     """
@@ -71,7 +71,8 @@ def entries_of(run: Path) -> Iterator[Entry]:
     variants = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
     unlearned = sorted((run / "unlearn").glob("*/"))
     yield entry_of(run, run / "data", [run / "data" / "images.safetensors"])
-    yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
+    if not is_pretrained(run):
+        yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
     yield entry_of(run, run / "sample", [])
     for folder in unlearned or [run / "unlearn"]:
         if folder.name.startswith("_"):  # what variants have in common, and can be computed again
@@ -83,9 +84,32 @@ def entries_of(run: Path) -> Iterator[Entry]:
         yield entry_of(run, folder, [folder])
     for folder in variants or [run / "score"]:
         yield entry_of(run, folder, [])
+    if (run / "retrain").is_dir():
+        yield retrained(run / "retrain")
     for folder in sorted((run / "evaluate").glob("*/")) or [run / "evaluate"]:
         yield entry_of(run, folder, [])
     yield entry_of(run, run / "report", [])
+
+
+def is_pretrained(run: Path) -> bool:
+    """Whether the run's model was trained elsewhere: nothing is trained here then."""
+    model = (read(run / "run.json").get("config") or {}).get("model") or {}
+    return bool(model.get("name") == "pretrained")
+
+
+def retrained(folder: Path) -> Entry:
+    """One line for all models trained again; they take hours, so that cleaning leaves them."""
+    models = [path for path in folder.glob("*/") if not path.name.startswith("_")]
+    manifests = [manifest for path in models if (manifest := read(path / "manifest.json"))]
+    unfinished = len(models) - len(manifests)
+    return Entry(
+        name=folder.name,
+        state=f"{len(manifests)} models" + (f", {unfinished} unfinished" if unfinished else ""),
+        when=max((str(manifest.get("ended", "")) for manifest in manifests), default=""),
+        seconds=sum(manifest.get("seconds", 0.0) for manifest in manifests),
+        size=size_of(folder),
+        cleanable=(),
+    )
 
 
 def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:

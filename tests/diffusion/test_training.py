@@ -136,3 +136,54 @@ def test_learning_rate_warms_up_then_decays_as_named(decay, half, last):
 def test_the_average_forgets_the_initial_weights_quickly_then_keeps_its_decay():
     assert ema_decay_at(0, 0.999) == pytest.approx(0.1)
     assert ema_decay_at(100_000, 0.999) == 0.999
+
+
+def validated(**settings):
+    """A trainer whose held-out loss after measurement i is the i-th of ``losses``."""
+    losses = settings.pop("losses")
+    trainer = new_trainer(validate_every=2, **settings)
+    averages = []
+
+    def measure(denoiser):
+        averages.append({name: p.detach().clone() for name, p in denoiser.network.named_parameters()})
+        return losses[len(averages) - 1]
+
+    train(trainer, batch, lambda loss: None, measure)
+    return trainer, averages
+
+
+def test_the_weights_with_the_lowest_held_out_loss_are_used():
+    trainer, averages = validated(losses=[5.0, 3.0, 4.0, 3.0, 6.0, 7.0])
+    assert trainer.step == 12 and trainer.best_step == 4
+    assert equal(trainer.result(), averages[1])
+    assert not equal(trainer.result(), trainer.average)
+
+
+def test_training_stops_after_as_many_measurements_without_a_lower_loss_as_asked():
+    trainer, _ = validated(losses=[5.0, 3.0, 4.0, 3.5, 3.1, 1.0], patience=2)
+    assert trainer.step == 8 and trainer.best_step == 4
+
+
+def test_measuring_does_not_change_training():
+    trainer, averages = validated(losses=[1.0] * 6)
+    plain = new_trainer()
+    run(plain)
+    assert equal(trainer.average, plain.average)
+    assert equal(averages[-1], plain.average)
+    assert equal(plain.result(), plain.average)
+
+
+def test_a_resumed_run_remembers_its_measurements(tmp_path):
+    losses = [5.0, 3.0, 4.0, 3.5, 3.2, 3.1]
+    whole, _ = validated(losses=losses, patience=3, augmentation=0.3)
+    first = new_trainer(validate_every=2, patience=3, augmentation=0.3)
+    for step in range(4):
+        first.update(*batch(step))
+        if first.step % 2 == 0:
+            first.validate(lambda denoiser: losses[len(first.validation)])
+    write_tensors(tmp_path / "state.safetensors", first.state())
+    second = new_trainer(validate_every=2, patience=3, augmentation=0.3)
+    second.load_state(read_tensors(tmp_path / "state.safetensors"))
+    train(second, batch, lambda loss: None, lambda denoiser: losses[len(second.validation)])
+    assert (second.step, second.best_step) == (whole.step, whole.best_step) == (10, 4)
+    assert equal(second.result(), whole.result())

@@ -193,7 +193,7 @@ def test_only_the_chosen_queries_count(run: Path) -> None:
         (["evaluation.variants=[pixel,pixel]"], "evaluation.variants: got pixel twice;"),
         (["evaluation.k=121"], "evaluation.k: got 121; expected at most 120"),
         (["evaluation.k=0"], "evaluation.k: got 0; expected at least 1"),
-        (["evaluation=overlapp"], "evaluation: got 'overlapp'; expected overlap"),
+        (["evaluation=overlapp"], "retrieval. Did you mean 'overlap'?"),
         (["evaluation.kk=3"], "evaluation.kk: no such key of mucs evaluate."),
         (["method=pixel"], "method: mucs evaluate does not use it; give it to mucs unlearn."),
         (["queries.index=[12]"], "queries.index: got 12; expected 0 to 11"),

@@ -104,11 +104,11 @@ def test_relevant_by_id_marks_the_columns_of_the_ids():
         relevant_by_id([[12, 13]], [11, 12])
 
 
-def test_relevant_by_value_matches_labels_and_texts_but_not_missing_ones():
-    assert relevant_by_value([3, 1], [1, 3, 3]).tolist() == [[False, True, True], [True, False, False]]
-    assert relevant_by_value(["ann", ""], ["ann", "", "bob"]).tolist() == [[True, False, False], [False] * 3]
-    with pytest.raises(ValueError, match="values of types"):
-        relevant_by_value([3], ["3"])
+def test_relevant_by_value_matches_where_one_value_is_shared_and_nothing_matches_no_value():
+    images = [{"ann"}, set(), {"bob", "cid"}, {"ann", "cid"}]
+    found = relevant_by_value([{"ann"}, set(), {"bob", "dan"}, {"ann", "cid"}], images)
+    assert found.astype(int).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 1]]
+    assert relevant_by_value([], images).shape == (0, 4)
 
 
 # --- all queries -----------------------------------------------------------------------------------------------------
@@ -125,8 +125,9 @@ def test_planted_copies_are_found_and_chance_finds_few():
 
 
 def test_random_scores_agree_with_the_label_as_often_as_chance():
-    labels = draws(2).integers(0, 4, 400)
-    relevant = relevant_by_value(draws(3).integers(0, 4, 150), labels)
+    relevant = relevant_by_value(
+        list(map(str, draws(3).integers(0, 4, 150))), list(map(str, draws(2).integers(0, 4, 400)))
+    )
     found = retrieval(draws(4).random((150, 400)), relevant, 20, source())
     for estimate, chance in (
         (found.precision, found.random_precision),

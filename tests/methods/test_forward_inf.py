@@ -25,6 +25,8 @@ from unlearning_runs import (
     unlearned_of,
 )
 
+from mucs_cli.attribution import unlearning
+
 SMALL = ["method=forward_inf", "noise_bank.num_draws=3", "score.batch_size=48", "method.forget_batch_size=20"]
 ONE_STEP = [*SMALL, "method.num_steps=1", "method.optimizer=sgd"]
 
@@ -177,6 +179,17 @@ def test_the_report_shows_it(run: Path) -> None:
 )
 def test_wrong_values_are_named(keys: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, "unlearn", f"run={run}", SMALL[0], *keys).startswith(f"mucs: error: {message}")
+
+
+def test_running_out_of_memory_names_the_methods_own_key(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def starved(*arguments: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(unlearning, "_losses", starved)
+    line = fails(capsys, "unlearn", f"run={run}", SMALL[0], "method.seed=78")
+    assert line.startswith("mucs: error: method.micro_batch_size: got out of memory at 1, the smallest batch.")
 
 
 def test_scoring_before_unlearning_names_the_missing_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ class Tab:
     def evaluate(self, expression: str) -> Any:
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
-        return result["result"]["value"]
+        return result["result"].get("value")  # none of an undefined one
 
 
 @contextmanager

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from mucs_cli.artifacts import Stage, fingerprint, write_tensors, write_text
+from mucs_cli.artifacts import (
+    Stage,
+    fingerprint,
+    read_json,
+    sha256_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from mucs_cli.config import PipelineConfig, ShowConfig
 from mucs_cli.schemas import DataConfig, DigitsConfig, ReportConfig
 from mucs_cli.stages import report, show
@@ -18,6 +26,15 @@ from mucs_cli.stages.context import Context
 
 LEVELS = 16
 METADATA = "label"
+TABLE = "variant,queries,auc,auc_low,auc_high,expected\nmucs,3,0.66,0.5,0.75,0.5\npixel <b>,3,0.4,,,0.5\n"
+MARKDOWN = (
+    "results of {name}, 95% intervals; of what; **best**; _not distinguishable from the best_\n\n"
+    "| variant | queries | auc | expected |\n| :-- | --: | --: | --: |\n"
+    "| mucs | 3 | **0.660 [0.500, 0.750]** | 0.500 |\n| pixel <b> | 3 | _0.400_ | 0.500 |\n"
+)
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="120" height="60" viewBox="0 0 120 60">{}</svg>'
+LINE_ART = SVG.format('<style>rect{fill:#0072b2}</style><rect style="stroke:#000" width="120" height="60"/>')
+PHOTOGRAPH = SVG.format('<image width="1" height="1" href="data:image/png;base64,iVBORw0KGgo="/>')
 
 
 class RunBuilder:
@@ -28,7 +45,7 @@ class RunBuilder:
     """
 
     def __init__(self, run: Path, num_images: int = 60, num_queries: int = 3):
-        self.run = run
+        self.run, self.levels = run, LEVELS
         digits = load_digits()
         raw = digits.images.astype(np.uint8)[:, None]
         self.raw, self.label = raw[:num_images], digits.target[:num_images]
@@ -59,7 +76,7 @@ class RunBuilder:
         for i, file in enumerate(self.files):
             shown = str(self.label[i]) if label is None else label[i]
             rows.writerow(
-                [i, file, fingerprint(self.raw[i]), "train", shown, *[cells[i] for cells in columns.values()]]
+                [i, file, fingerprint(self.raw[i]), "training", shown, *[cells[i] for cells in columns.values()]]
             )
         write_text(folder / "index.csv", text.getvalue())
         write_tensors(folder / "images.safetensors", {"image": torch.from_numpy(self.raw)})
@@ -70,7 +87,7 @@ class RunBuilder:
             "citation": "E. Alpaydin, C. Kaynak (1998).",
         }
         stage.finish(
-            {"facts": facts, "levels": LEVELS, "fingerprint": fingerprint(self.raw)},
+            {"facts": facts, "levels": self.levels, "fingerprint": fingerprint(self.raw)},
             [folder / "index.csv", folder / "images.safetensors"],
         )
 
@@ -128,6 +145,8 @@ class RunBuilder:
         unreached: Sequence[int] = (),
         dataset: str | None = None,
         unlearns: bool = True,
+        method: str = "mucs",
+        bounded: bool = True,
     ) -> None:
         """One variant.
 
@@ -136,16 +155,20 @@ class RunBuilder:
             unreached: queries that did not reach the bound.
             dataset: fingerprint of the data.
             unlearns: whether its method unlearns.
+            method: its name.
+            bounded: whether its unlearning has a bound.
         """
         config = {
-            "method": {"name": "mucs", "epsilon": 1e-3},
+            "method": {"name": method, "epsilon": 1e-3},
             "unlearning": {"forget_weight": forget_weight, "tolerance": 0.95},
         }
         results = [
             {
                 "query": q,
                 "num_steps": 1000 if q in unreached else 30 + q,
-                "reached_bound": q not in unreached,
+                "reached_bound": q not in unreached if bounded else None,
+                "base_query_loss": 0.25 + q / 64,
+                "query_loss": 1.125 + q / 64,
                 "forget_loss": 0.96,
                 "retain_loss": 0.31,
                 "seconds": 2.5,
@@ -155,7 +178,8 @@ class RunBuilder:
         if unlearns:
             stage = Stage(self.run / "unlearn" / name, "unlearn", {"config": config, "inputs": {"model": "0" * 64}})
             stage.begin()
-            stage.finish({"results": results, "null_loss": 1.0078, "null_loss_source": "closed form"}, [])
+            bound = {"null_loss": 1.0078, "null_loss_source": "closed form"} if bounded else {}
+            stage.finish({"results": results} | bound, [])
         folder = self.run / "score" / name
         config = {"method": config["method"], "noise_bank": {"num_draws": 100, "grid": "truncated", "seed": 0}}
         inputs = {"dataset": dataset or fingerprint(self.raw)}
@@ -173,6 +197,39 @@ class RunBuilder:
             | ({"unlearn_variant": name} if unlearns else {}),
             [folder / "scores.safetensors"],
         )
+
+    def ensemble(self, members: Sequence[str], spearman: float | None, overlap: float) -> None:
+        """A variant of that name whose members agree as given."""
+        self.variant("ensemble", self.score, unlearns=False, method="ensemble")
+        folder, count = self.run / "score" / "ensemble", len(members)
+        found = {
+            "members": list(members),
+            "weights": [float(place) for place in range(1, count + 1)],
+            "queries": [0, 1, 2],
+            "spearman": [[spearman] * count] * count,
+            "k": 7,
+            "top_k_overlap": [[overlap] * count] * count,
+            "expected_top_k_overlap": 0.125,
+        }
+        write_json(folder / "members.json", found)
+        manifest = read_json(folder / "manifest.json")
+        manifest["config"]["method"]["combine"] = "rank_mean"
+        manifest["outputs"]["members.json"] = {"sha256": sha256_file(folder / "members.json"), "bytes": 1}
+        write_json(folder / "manifest.json", manifest)
+
+    def evaluation(self, name: str = "overlap", charts: Mapping[str, str] | None = None) -> None:
+        """``charts``: name -> SVG."""
+        folder = self.run / "evaluate" / name
+        scores = read_json(self.run / "score" / "mucs" / "manifest.json")["outputs"]["scores.safetensors"]["sha256"]
+        inputs = {"variants": ["mucs"], "queries": "all", "scores of mucs": scores}
+        stage = Stage(folder, "evaluate", {"config": {"evaluation": {"name": name, "k": 5}}, "inputs": inputs})
+        stage.begin()
+        write_text(folder / "table.csv", TABLE)
+        write_text(folder / "table.md", MARKDOWN.format(name=name))
+        drawn = [folder / "charts" / f"{chart}.svg" for chart in charts or {}]
+        for path, svg in zip(drawn, (charts or {}).values(), strict=True):
+            write_text(path, svg)
+        stage.finish({"counts": {"models": 3}}, [folder / "table.csv", folder / "table.md", *drawn])
 
     def all(self) -> "RunBuilder":
         self.data()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mucs_cli.reporting.pictures import THUMBNAIL_SIDE, thumbnail
+from mucs_cli.reporting.pictures import ENCODINGS, Encoding, thumbnail, thumbnails
 from mucs_cli.reporting.plots import histogram, log_ticks, loss_curve, nice_ticks
 
 
@@ -46,10 +46,24 @@ def test_ticks_are_round_and_inside_the_range() -> None:
     assert log_ticks(0.005, 200) == pytest.approx([0.01, 0.1, 1, 10, 100])
 
 
-def test_large_colour_images_are_reduced_and_keep_their_shape() -> None:
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_large_colour_images_are_reduced_and_keep_their_shape(encoding: Encoding) -> None:
     image = np.zeros((3, 300, 600), np.float32) + np.array([-1, 0, 1], np.float32)[:, None, None]
-    small = thumbnail(image)
+    small = thumbnail(image, encoding)
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(small.uri.split(",")[1]))))
-    assert picture.shape == (THUMBNAIL_SIDE // 2, THUMBNAIL_SIDE, 3) == (small.height, small.width, 3)
+    assert picture.shape == (encoding.side // 2, encoding.side, 3) == (small.height, small.width, 3)
     assert not small.pixelated
-    assert np.abs(picture.astype(int) - [0, 127.5, 255]).max() <= 1
+    assert np.abs(picture.astype(int) - [0, 127.5, 255]).max() <= (1 if encoding.quality is None else 3)
+
+
+def test_thumbnails_lose_quality_only_where_they_would_not_fit() -> None:
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 128, 128)).astype(np.float32)
+    keys = [("training", i) for i in (0, 1, 2, 3, 1)]
+    sizes = []
+    for encoding in ENCODINGS:
+        each = [len(thumbnail(image, encoding).uri) for image in images]
+        found, chosen = thumbnails(keys, lambda key: images[key[1]], budget=sum(each))
+        assert chosen == encoding and [len(small.uri) for small in found.values()] == each
+        sizes.append(sum(each))
+    assert sizes == sorted(sizes, reverse=True)
+    assert thumbnails(keys, lambda key: images[key[1]], budget=1)[1] == ENCODINGS[-1]

@@ -4,15 +4,16 @@ import base64
 import hashlib
 import html
 import io
+import itertools
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import Page
 from PIL import Image
-from reporting_runs import RunBuilder, make_report
+from reporting_runs import LINE_ART, PHOTOGRAPH, RunBuilder, make_report
 
 from mucs_cli.artifacts import read_json, require_manifest
 from mucs_cli.data.dataset import load_dataset
@@ -22,33 +23,22 @@ from mucs_cli.schemas import DigitsConfig
 from mucs_cli.stages import report
 
 
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and its text by element."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.elements and self.elements[-1][0] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+def pictures(page: Page) -> list[tuple[str, str]]:
+    """Every picture of a query or a training image: its description, and the element that it shows."""
+    found = []
+    for (tag, svg), (_, use) in itertools.pairwise(page.elements):
+        if tag == "svg" and svg.get("class") == "picture":
+            found.append((svg["aria-label"] or "", (use["href"] or "").removeprefix("#")))
+    return found
 
 
-def picture_of(image: dict[str, str | None]) -> np.ndarray:
-    uri = image["src"]
+def tiles(page: Page) -> list[str]:
+    """Descriptions of the pictures beside which a ranking is read: the queries, and the ranked images."""
+    return [alt for alt, _ in pictures(page) if "Generated" in alt or "rank" in alt]
+
+
+def pixels_of(image: dict[str, str | None]) -> np.ndarray:
+    uri = image["href"]
     assert uri is not None and uri.startswith("data:image/png;base64,")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
 
@@ -60,17 +50,45 @@ def test_each_query_stands_before_its_top_images_in_order(finished: RunBuilder) 
         expected.append(f"Generated image, query {query}")
         order = np.argsort(-finished.score[query], kind="stable")[:4]
         expected += [f"Training image {i}, rank {rank}" for rank, i in enumerate(order, 1)]
-    assert [image["alt"] for image in page.all("img")] == expected
+    assert tiles(page) == expected
 
 
 def test_the_pictures_are_the_images_that_their_captions_name(finished: RunBuilder) -> None:
     page = Page(make_report(finished.run, k=4))
-    for image in page.all("img"):
-        found = re.fullmatch(r"Training image (\d+), rank \d+", image["alt"] or "")
+    sheet = {image["id"]: image for image in page.all("image")}
+    ranked = [(re.fullmatch(r"Training image (\d+), rank \d+", alt), shown) for alt, shown in pictures(page)]
+    assert sum(found is not None for found, _ in ranked) == 3 * 4
+    for found, shown in ranked:
         if found:
             expected = np.rint(finished.raw[int(found[1]), 0] * (255 / 16))
-            assert np.abs(picture_of(image).astype(float) - expected).max() <= 1
-            assert (image["width"], image["height"], image["class"]) == ("8", "8", "pixelated")
+            assert np.abs(pixels_of(sheet[shown]).astype(float) - expected).max() <= 1
+            assert (sheet[shown]["width"], sheet[shown]["image-rendering"]) == ("8", "pixelated")
+
+
+def test_each_picture_is_in_the_file_once_however_often_it_is_shown(finished: RunBuilder) -> None:
+    finished.variant("mucs__forget_weight-0.5", finished.score * 2, forget_weight=0.5)
+    page = Page(make_report(finished.run, k=4))
+    shown = [target for _, target in pictures(page)]
+    ids = [image["id"] for image in page.all("image")]
+    assert len(ids) == len(set(ids)) and set(ids) == set(shown)
+    assert len(shown) > 2 * len(ids)
+    assert page.source.count("base64,") == len(ids)
+
+
+def test_without_images_no_picture_is_on_the_page_or_beside_it(finished: RunBuilder) -> None:
+    finished.evaluation("overlap", charts={"bars": LINE_ART, "pairs": PHOTOGRAPH})
+    path = make_report(finished.run, k=4)
+    assert len(Page(path).all("image")) > 3 and (path.parent / "top.png").exists()
+    make_report(finished.run, k=4, images=False)
+    page = Page(path)
+    assert not page.all("image") and not pictures(page) and not page.all("use")
+    assert [image["alt"] for image in page.all("img")] == ["overlap: chart, bars; its numbers are in the table"]
+    assert "1 chart with pictures left out" in page.text
+    assert "base64,iVBOR" not in page.source  # PNG
+    best = int(finished.score[0].argmax())
+    assert f"{finished.score[0, best]:+.4f} id {best} label {finished.label[best]} digits[{best}]" in page.text
+    assert [file.name for file in path.parent.iterdir() if file.suffix == ".png"] == []
+    assert list(read_json(path.parent / "manifest.json")["outputs"]) == ["index.html"]
 
 
 def test_scores_labels_files_and_run_facts_are_on_the_page(finished: RunBuilder) -> None:
@@ -96,7 +114,7 @@ def test_scores_labels_files_and_run_facts_are_on_the_page(finished: RunBuilder)
 
 def test_the_histograms_bars_count_every_score_and_mark_the_top(finished: RunBuilder) -> None:
     page = Page(make_report(finished.run, k=4))
-    plots = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
+    plots = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("class") == "plot"]
     fourth = np.sort(finished.score[0])[-4]
     assert plots[0].startswith("Histogram of 60 scores from ")
     assert plots[0].endswith(f"the top 4 begin at {fourth:+.4f}.")
@@ -114,8 +132,9 @@ def test_hostile_names_and_labels_are_text_only(finished: RunBuilder) -> None:
     page = Page(make_report(finished.run, k=3))
     assert f"{hostile}{int(finished.score[0].argmax())}" in page.text
     assert "label </style><b onclick=alert(3)>&amp;" in page.text
-    assert not page.all("script") and not page.all("b")[0].keys()
-    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
+    assert not page.all("script") and not any(b.keys() for b in page.all("b"))
+    assert not page.all("img")
+    assert all((image["href"] or "").startswith("data:image/png;base64,") for image in page.all("image"))
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 
 
@@ -147,7 +166,7 @@ def test_exact_copies_are_marked_or_left_out(finished: RunBuilder) -> None:
     assert "id 3 label 3 exact copy" in marked.text
     without = Page(make_report(finished.run, k=3, exclude_exact=True))
     assert "copy" not in [a.get("class") for a in without.all("li")]
-    assert "Training image 3, rank 1" not in [image["alt"] for image in without.all("img")]
+    assert "Training image 3, rank 1" not in tiles(without)
     assert "exact copies in the training data 1" in without.text
 
 
@@ -287,7 +306,7 @@ def test_cleaned_images_are_decoded_again(make_run: Callable[..., RunBuilder]) -
     run.variant(dataset=dataset.fingerprint)
     (run.run / "data" / "images.safetensors").unlink()
     page = Page(make_report(run.run, data=DigitsConfig(limit=60, seed=0), k=3))
-    assert len(page.all("img")) == 3 * 4
+    assert len(tiles(page)) == 3 * 4
     assert "id 3 label 3 exact copy" in page.text
     assert "CC BY 4.0" in page.text
 

@@ -5,7 +5,7 @@ scores are in no order, so that every number here is its mean over all orders of
 image stands in the data. A score that is not a number ranks last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,25 +125,24 @@ def relevant_by_id(sets: Sequence[ArrayLike], example_ids: ArrayLike) -> Mask:
     return np.array([np.isin(columns, ids) for ids in wanted]).reshape(len(wanted), len(columns))
 
 
-def relevant_by_value(query_values: ArrayLike, values: ArrayLike) -> Mask:
-    """Which images have the query's label, group or other metadata; an empty text is no value and matches nothing.
+def relevant_by_value(query_values: Sequence[Collection[str]], values: Sequence[Collection[str]]) -> Mask:
+    """Which images have a value of their class, group or other metadata in common with each query.
 
     Args:
-        query_values: [Q]; texts or whole numbers.
-        values: of the columns of the scores; [N], likewise.
+        query_values: of each of Q queries, none or more.
+        values: of the images; [N], likewise.
     Returns:
         [Q, N].
-    Raises:
-        ValueError: texts on one side and numbers on the other, which never match.
     """
-    wanted, have = np.asarray(query_values), np.asarray(values)
-    texts = [array.dtype.kind in "USO" for array in (wanted, have) if array.size]
-    if len(set(texts)) > 1:
-        raise ValueError(f"values of types {wanted.dtype} and {have.dtype}")
-    same: Mask = wanted[:, None] == have[None, :]
-    if all(texts):
-        same &= (wanted != "")[:, None]
-    return same
+    holders: dict[str, list[int]] = {}
+    for column, own in enumerate(values):
+        for value in own:
+            holders.setdefault(value, []).append(column)
+    found = np.zeros((len(query_values), len(values)), dtype=bool)
+    for row, wanted in enumerate(query_values):
+        for value in wanted:
+            found[row, holders.get(value, [])] = True
+    return found
 
 
 # --- all queries -----------------------------------------------------------------------------------------------------
