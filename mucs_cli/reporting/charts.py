@@ -316,6 +316,7 @@ def heat_map(names: Sequence[str], values: NDArray[np.float64], title: str, low:
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02)
     bar.outline.set_visible(False)
+    assert bar.solids is not None  # a bar of filled colours
     bar.solids.set_rasterized(False)  # no picture in the SVG: a report without pictures may keep it
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=FONT_SIZE)
     return figure
@@ -338,10 +339,9 @@ def image_pairs(rows: Sequence[str], columns: Sequence[str], images: Sequence[Se
 
     names = short_names(rows, 20)
     headings = ["\n".join(textwrap.wrap(elided(name, 36), 13)) for name in columns]
-    width = len(columns) + CHARACTER * max(map(len, names)) + 0.6
-    figure = Figure(
-        (width, len(rows) + 0.15 * (1 + max(map(str.count, headings, "\n" * len(headings))))), layout="constrained"
-    )
+    width = len(columns) + CHARACTER * max(map(len, names)) + 0.15
+    num_lines = max(len(heading.splitlines()) for heading in headings)
+    figure = Figure((width, len(rows) + 0.15 * num_lines + 0.2), layout="constrained")
     axes = figure.subplots()
     for row, of_row in enumerate(images):
         for column, image in enumerate(of_row):
@@ -352,7 +352,7 @@ def image_pairs(rows: Sequence[str], columns: Sequence[str], images: Sequence[Se
             half_height, half_width = (0.47 * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
             extent = (column - half_width, column + half_width, row + half_height, row - half_height)
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="none")
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal")
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal", anchor="NE")
     axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=headings, yticklabels=names)
     axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)

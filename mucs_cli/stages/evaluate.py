@@ -42,7 +42,7 @@ def run(context: Context) -> None:
                 log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
                 return
         stage.finish(evaluator.facts(), write_results(evaluator, evaluator.evaluate(), folder))
-        log.info("evaluate: %s, tables and charts in %s", RESULTS, folder)
+        log.info("evaluate: results in %s", folder)
     print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout)
 
 

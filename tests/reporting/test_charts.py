@@ -120,6 +120,18 @@ def test_a_chart_has_the_same_bytes_in_another_process_and_under_other_settings(
     assert sorted(path.name for path in paths[0].parent.iterdir()) == ["chart.png", "chart.svg"]
 
 
+def test_only_pairs_of_pictures_put_pictures_into_an_svg(tmp_path: Path) -> None:
+    pictures = image_pairs(["query 0"], ["before"], [[PICTURE]])
+    others = {
+        "map": heat_map(["a", "b"], symmetric(2), "overlap", 0, 1),
+        "bars": interval_bars(["a"], bars_of(1, 1, ""), "LDS"),
+        "densities": densities(similarities(2, 1), "similarity"),
+    }
+    assert "<image" in write_chart(pictures, tmp_path, "pictures")[0].read_text()
+    for name, figure in others.items():
+        assert "<image" not in write_chart(figure, tmp_path, name)[0].read_text()
+
+
 def test_pngs_have_150_dots_an_inch(tmp_path: Path) -> None:
     figure = heat_map(["a", "b"], symmetric(2), "overlap", 0, 1)
     _, png = write_chart(figure, tmp_path, "chart")
