@@ -366,10 +366,14 @@ def optional_manifest(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def variant_order(name: str) -> tuple[bool, list[tuple[bool, float, str]]]:
-    """A sort key: ``mucs`` first, then by name, where numbers inside a name count as numbers (5 before 10)."""
+def variant_order(name: str) -> tuple[bool, bool, list[tuple[bool, float, str]]]:
+    """A sort key: ``mucs`` first, then its variants, then by name, where numbers in names are numbers (5 before 10)."""
     parts = [part for part in re.split(r"(\d+(?:\.\d+)?)", name) if part]
-    return name != "mucs", [(part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
+    return (
+        name != "mucs",
+        not name.startswith("mucs__"),
+        [(part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts],
+    )
 
 
 def short(value: str | None) -> str:
