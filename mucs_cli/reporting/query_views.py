@@ -47,6 +47,7 @@ class QueryView:
     """A query and what each variant says of it."""
 
     query: int
+    is_held_out: bool
     facts: Sequence[tuple[str, str]]
     num_copies: int
     nearest: Nearest | None
@@ -83,7 +84,8 @@ def query_view(results: RunResults, query: int, settings: ReportConfig, groups: 
         for name in ("condition", "seed")
         if name in results.samples
     ]
-    return QueryView(query, facts, len(results.exact_copies[query]), nearest_of(results, query), rows)
+    is_held_out = results.is_held_out(query)
+    return QueryView(query, is_held_out, facts, len(results.exact_copies[query]), nearest_of(results, query), rows)
 
 
 def row(results: RunResults, variant: Variant, query: int, settings: ReportConfig, groups: RunGroups) -> Row:

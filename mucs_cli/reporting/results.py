@@ -28,8 +28,8 @@ TRAINED = "training"
 """The split of the images that the model was trained on."""
 REFERENCE_SEED = 0
 """Of the training images whose distances from each other say what is near; the same for every run."""
-TARGET = 0
-"""The role of a query that is attributed; controls are not."""
+TARGET, HELD_OUT = 0, 2
+"""Roles of queries: generated, and held out of training."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,10 @@ class RunResults:
     def query_file(self, query: int) -> str | None:
         """The file a query was read from; None for a sampled one."""
         return self.query_rows.get(query, {}).get("file")
+
+    def is_held_out(self, query: int) -> bool:
+        """Whether a query is an image held out of training, not a generated one."""
+        return "role" in self.samples and int(self.samples["role"][query]) == HELD_OUT
 
     def query_metadata(self, query: int) -> dict[str, str]:
         """The columns of the queries' folder for one query."""

@@ -53,6 +53,7 @@ class RunBuilder:
         noise = torch.randn(num_queries, 1, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
         self.query = (raw[100 : 100 + num_queries] / (LEVELS / 2) - 1 + 0.2 * noise).clip(-1, 1).astype(np.float32)
         self.query[-1] = self.image(self.raw[3])
+        self.held_out: tuple[int, ...] = ()
 
     @staticmethod
     def image(raw: np.ndarray) -> np.ndarray:
@@ -117,7 +118,7 @@ class RunBuilder:
             "image": torch.from_numpy(self.query),
             "seed": torch.arange(count) + 7_000_000_000,
             "condition": torch.arange(count) % 10,
-            "role": torch.zeros(count, dtype=torch.int64),
+            "role": torch.tensor([2 if query in self.held_out else 0 for query in range(count)]),
         }
         if picture is not None:
             tensors["picture"] = torch.from_numpy(picture)

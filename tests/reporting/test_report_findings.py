@@ -90,6 +90,18 @@ def test_a_query_that_nearly_equals_a_training_image_is_named(make_run: Callable
     assert f"id {distances.argmin()}, pixel difference {distances.min():.3f}" in part(page, "Query 1 ", "Query 2 ")
 
 
+def test_a_held_out_image_is_said_to_be_one_and_no_copy_of_the_model(make_run: Callable[..., RunBuilder]) -> None:
+    run = make_run()
+    run.held_out = (2,)  # image 3 itself
+    run.all()
+    page = Page(make_report(run.run, k=3))
+    assert "Query 2, held out of training" in page.text
+    assert "but for those that were held out of its training" in page.text
+    assert "Equal to training image 3" in page.text
+    assert "may have copied" not in page.text
+    assert "generated images 2 held-out images 1" in page.text
+
+
 # --- evaluations and ensembles ---------------------------------------------------------------------------------------
 
 
