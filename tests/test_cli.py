@@ -375,7 +375,7 @@ def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(
         ("mucs train training.num", ["training.num_steps="]),
         ("mucs train run=r mod", ["model.", "model="]),
         ("mucs train -m model=", ["model=dit", "model=pretrained", "model=unet"]),
-        ("mucs run experiment=d", ["experiment=digits"]),
+        ("mucs run experiment=d", ["experiment=digits", "experiment=digits_evaluation"]),
         ("mucs train training.decay=c", ["training.decay=constant", "training.decay=cosine"]),
         ("mucs show bottom=", ["bottom=true", "bottom=false"]),
         ("mucs e", ["evaluate"]),
