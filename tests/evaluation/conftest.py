@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluation_runs import NUM_IMAGES, NUM_QUERIES, mucs
+from commands import mucs
+from evaluation_runs import NUM_IMAGES, NUM_QUERIES
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_runs import fails, mucs, results_of, scores_of, stamps
+from commands import fails, mucs, scores_of
+from evaluation_runs import results_of, stamps
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import mannwhitneyu, wilcoxon

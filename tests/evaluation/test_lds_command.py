@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_runs import fails, mucs, results_of, scores_of, stamps
+from commands import fails, mucs, scores_of
+from evaluation_runs import results_of, stamps
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 

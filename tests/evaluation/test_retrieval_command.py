@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_runs import NUM_IMAGES, NUM_QUERIES, fails, mucs, results_of, scores_of, stamps
+from commands import fails, mucs, scores_of
+from evaluation_runs import NUM_IMAGES, NUM_QUERIES, results_of, stamps
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits

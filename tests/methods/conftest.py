@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from method_runs import NUM_IMAGES, NUM_QUERIES, PLANTED, cut_photographs, mucs
+from commands import mucs
+from method_runs import NUM_IMAGES, NUM_QUERIES, PLANTED, cut_photographs
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,11 @@ import csv
 from pathlib import Path
 
 import torch
+from commands import mucs
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
-
-from mucs_cli.cli import main
 
 NUM_IMAGES, NUM_QUERIES, NUM_DRAWS = 40, 3, 3
 NUM_COPIES = 4
@@ -32,10 +31,6 @@ SAMPLED = ["model.conditional=true", "training.num_steps=150", "sampler.num_step
 PLANTED = ["training.num_steps=400", "queries=folder"]
 QUICK = [f"method.num_draws={NUM_DRAWS}", "method.num_projections=64"]
 GRADIENT_METHODS = ("trak", "dtrak", "das", "tracin", "relative_if", "journey_trak")
-
-
-def mucs(*arguments: str) -> None:
-    assert main(list(arguments)) == 0
 
 
 def make_run(run: Path) -> Path:

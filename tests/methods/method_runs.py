@@ -3,12 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits, load_sample_images
-
-from mucs_cli.cli import main
 
 NUM_IMAGES, NUM_QUERIES = 90, 3
 """Of the run of digits, ``finished``."""
@@ -16,18 +13,6 @@ NUM_PICTURES, SIDE = 40, 16
 """Of the run of pictures in a folder, ``planted``."""
 PLANTED = (7, 22)
 """Training images of the folder of which the two queries are exact copies."""
-
-
-def mucs(*arguments: str) -> None:
-    assert main(list(arguments)) == 0
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a wrong command ends with."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mucs: error: ")]
-    return line
 
 
 def scores_of(run: Path, variant: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import fails, mucs
 from safetensors.torch import load_file
 from unlearning_runs import (
     DIT,
@@ -13,11 +14,9 @@ from unlearning_runs import (
     bank_of,
     base_model,
     digits,
-    fails,
     image_gradients,
     make_run,
     manifest_of,
-    mucs,
     parameters_of,
     query_gradient,
     scores_in,

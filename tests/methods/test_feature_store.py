@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradient_runs import NUM_QUERIES, QUICK, make_run, mucs, score, variants
+from commands import mucs
+from gradient_runs import NUM_QUERIES, QUICK, make_run, score, variants
 from safetensors.torch import load_file
 
 from mucs_cli.attribution import gradient_features

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import fails, mucs
 from safetensors.torch import load_file
 from unlearning_runs import (
     NUM_IMAGES,
@@ -13,11 +14,9 @@ from unlearning_runs import (
     attribute,
     bank_of,
     base_model,
-    fails,
     image_gradients,
     make_run,
     manifest_of,
-    mucs,
     parameters_of,
     query_gradient,
     score,

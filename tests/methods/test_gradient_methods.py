@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import mucs
 from gradient_runs import (
     GRADIENT_METHODS,
     NUM_COPIES,
@@ -18,7 +19,6 @@ from gradient_runs import (
     digits,
     make_planted_run,
     make_run,
-    mucs,
     ranked_files,
     score,
     variants,

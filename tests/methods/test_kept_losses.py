@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from unlearning_runs import attribute, make_run, mucs, scores_in
+from commands import mucs
+from unlearning_runs import attribute, make_run, scores_in
 
 from mucs_cli.stages import engine
 

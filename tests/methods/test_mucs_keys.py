@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import mucs
 from safetensors.torch import load_file
 from torch import Tensor
-from unlearning_runs import attribute, make_run, manifest_of, mucs, scores_in, unlearned_of
+from unlearning_runs import attribute, make_run, manifest_of, scores_in, unlearned_of
 
 from mucs_cli.methods.mucs import MUCSConfig
 from mucs_cli.schemas import NoiseBankConfig, UnlearningConfig

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from commands import mucs
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mucs_cli.cli import main
 from mucs_cli.diffusion.checkpoint import load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.rng import generator
@@ -39,18 +38,6 @@ DIT = [
 """A small class-conditional transformer with EDM preconditioning."""
 UNET = ["model=unet", "model.size=tiny", "model.dropout=0", "diffusion=ddpm"]
 """A small unconditional U-Net with a discrete schedule."""
-
-
-def mucs(*arguments: str) -> None:
-    assert main(list(arguments)) == 0
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a wrong command ends with."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mucs: error: ")]
-    return line
 
 
 def make_run(run: Path, model: list[str] = DIT, num_queries: int = 2, num_steps: int = 150) -> Path:
