@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import fails, mucs
 from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
@@ -29,26 +30,12 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from mucs_cli.cli import main
-
 SIDE, NUM_CROPS, NUM_COPIES = 16, 60, 6
 COPIES = {f"planted/{i}.png" for i in range(NUM_COPIES)}
 QUICK = ["device=cpu", "noise_bank.num_draws=10", "score.batch_size=32", "report.k=6"]
 BATCHES = ["unlearning.retain_batch_size=24", "unlearning.forget_batch_size=24"]
 UNLEARN = [*BATCHES, "unlearning.learning_rate=1e-3", "unlearning.forget_weight=0.5", "unlearning.num_steps=40"]
 TWO_STEPS = [*BATCHES, "unlearning.num_steps=2"]
-
-
-def mucs(*arguments: str) -> None:
-    assert main(list(arguments)) == 0
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a wrong command ends with."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mucs: error: ")]
-    return line
 
 
 def variant(run: Path) -> Path:

@@ -42,7 +42,6 @@ class Counterfactual(Evaluation):
     name = "counterfactual"
     summary = "pictures generated again after training without what each method names"
     schema = CounterfactualConfig
-    sections = ("evaluation",)
 
     def evaluator(self, context: "Context") -> "Evaluator":
         from mucs_cli.stages.counterfactual import CounterfactualEvaluator
