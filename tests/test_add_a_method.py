@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(conf_folder(), tmp_path / "mucs_cli" / "conf")
     (tmp_path / "conf").symlink_to(tmp_path / "mucs_cli" / "conf")
     (tmp_path / "tests" / "methods").mkdir(parents=True)
-    for name in ("conftest.py", "test_config.py", "methods/conftest.py", "methods/method_runs.py"):
+    for name in ("conftest.py", "commands.py", "test_config.py", "methods/conftest.py", "methods/method_runs.py"):
         shutil.copy(REPOSITORY / "tests" / name, tmp_path / "tests" / name)
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     for block in BLOCK.finditer(PAGE.read_text()):

@@ -15,13 +15,6 @@ PLANTED = (7, 22)
 """Training images of the folder of which the two queries are exact copies."""
 
 
-def scores_of(run: Path, variant: str) -> np.ndarray:
-    """[Q, N], of a run without held-out images."""
-    tensors = load_file(run / "score" / variant / "scores.safetensors")
-    assert tensors["example_id"].tolist() == list(range(tensors["score"].shape[1]))
-    return tensors["score"].numpy()
-
-
 def queries_of(run: Path) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in load_file(run / "sample" / "samples.safetensors").items()}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import fails, mucs
-from method_runs import NUM_IMAGES, NUM_QUERIES, PLANTED, scores_of, stamps
+from commands import fails, mucs, scores_of
+from method_runs import NUM_IMAGES, NUM_QUERIES, PLANTED, stamps
 from safetensors.torch import load_file, save_file
 
 from mucs_cli.artifacts import sha256_file

@@ -9,8 +9,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from commands import fails, mucs
-from method_runs import NUM_IMAGES, NUM_PICTURES, NUM_QUERIES, PLANTED, SIDE, digits, queries_of, scores_of, stamps
+from commands import fails, mucs, scores_of
+from method_runs import NUM_IMAGES, NUM_PICTURES, NUM_QUERIES, PLANTED, SIDE, digits, queries_of, stamps
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
