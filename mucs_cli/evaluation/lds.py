@@ -28,6 +28,11 @@ class LdsConfig(RetrainingEvaluationConfig):
         "all; or one of two disjoint halves of subsets and queries: selection, to choose settings on, and report",
         choices=("all", "selection", "report"),
     )
+    runs: list[str] | None = option(
+        None,
+        "folders of other runs whose finished evaluations with the same settings are pooled with this one",
+        affects_result=False,
+    )
     num_resamples: int = option(2000, "bootstrap resamples of subsets and queries for the 95 % intervals", minimum=100)
     seed: int = option(II("seed"), "seed of subsets, draws, halves and resamples")
 

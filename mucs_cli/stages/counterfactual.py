@@ -53,6 +53,7 @@ from mucs_cli.stages.pooled_runs import (
     Pooled,
     other_runs,
     pool,
+    read_samples,
     write_samples,
 )
 from mucs_cli.stages.retraining import Retraining
@@ -117,8 +118,13 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         self.metrics = load_metrics(self.config.metrics, metric_paths(self.config), self.base.device)
         for metric in self.metrics.values():  # an encoder may not take pictures of this shape
             metric(self.queries.picture[:1], self.queries.picture[:1])
-        runs = [Path(path).expanduser() for path in self.config.runs or []]
-        self.others = other_runs(runs, context, files.model, self.names)
+        self.others = other_runs(
+            self.config.runs,
+            context,
+            files.model,
+            self.names,
+            lambda folder, manifest: read_samples(folder, manifest, self.names, self.config.metrics),
+        )
         self.inputs = {
             "dataset": files.dataset,
             "model": files.model,

@@ -11,9 +11,8 @@ from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
 from mucs_cli.runtime import log
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.evaluator import Evaluator, RetrainingEvaluator
+from mucs_cli.stages.evaluator import RESULTS, Evaluator, RetrainingEvaluator
 
-RESULTS = "results.json"
 CHARTS = "charts"
 TABLES = {"table.csv": to_csv, "table.md": to_markdown, "table.tex": to_latex}
 

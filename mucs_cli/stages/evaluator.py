@@ -13,6 +13,8 @@ from mucs_cli.stages.retraining import Retraining, Retrainings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RESULTS = "results.json"
+
 
 class Evaluator(ABC):
     """One evaluation of one run. Making one checks what it needs, and is quick.

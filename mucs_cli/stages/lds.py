@@ -5,7 +5,7 @@ compared with what the scores of the subset's images predict. The mathematics is
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_json, read_tensors, sha256_file, write_tensors
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.lds import (
@@ -27,6 +27,7 @@ from mucs_cli.evaluation.measures.lds import (
     predictions,
     split_halves,
     subset_masks,
+    weighted_mean,
 )
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE, Floats
 from mucs_cli.reporting.charts import Bars, interval_bars
@@ -34,9 +35,10 @@ from mucs_cli.reporting.tables import Estimate, Table, cell_text, heading, leave
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, smaller_batch
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.evaluator import RetrainingEvaluator
+from mucs_cli.stages.evaluator import RESULTS, RetrainingEvaluator
 from mucs_cli.stages.finished import SCORES, ScoreFiles
 from mucs_cli.stages.loading import ROLES, load_queries
+from mucs_cli.stages.pooled_runs import missing_in, other_runs, require_output
 from mucs_cli.stages.retraining import Retraining
 
 if TYPE_CHECKING:
@@ -44,6 +46,43 @@ if TYPE_CHECKING:
 
 MEASUREMENT_BATCH = 256
 SUBSETS = "subsets.safetensors"
+PREDICTED = "predicted/"
+"""In ``subsets.safetensors``, before the name of a variant."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an LDS is computed from: queries of one run, a row each.
+
+    queries: their Q ids. predicted: variant -> [Q, M]. measured: losses, [seeds, Q, M].
+    """
+
+    queries: list[int]
+    predicted: dict[str, Floats]
+    measured: Floats
+
+    def of(self, queries: Sequence[int]) -> "Rows":
+        """Those of some queries."""
+        rows = [self.queries.index(query) for query in queries]
+        return Rows(
+            list(queries), {name: of_all[rows] for name, of_all in self.predicted.items()}, self.measured[:, rows]
+        )
+
+
+def read_rows(folder: Path, manifest: dict[str, Any], variants: Sequence[str]) -> tuple[Rows, dict[str, list[int]]]:
+    """What another run's evaluation wrote, and which queries are of which kind.
+
+    Raises:
+        UserError: a variant is missing, or a file is not the one that its manifest names.
+    """
+    tensors = read_tensors(require_output(folder, manifest, SUBSETS))
+    entries = read_json(require_output(folder, manifest, RESULTS))["queries"]
+    for name in variants:
+        if PREDICTED + name not in tensors:
+            raise missing_in(folder.parent.parent, name)
+    predicted = {name: tensors[PREDICTED + name].numpy() for name in variants}
+    rows = Rows(tensors["query_id"].tolist(), predicted, tensors["loss"].numpy())
+    return rows, {kind: entry["ids"] for kind, entry in entries.items()}
 
 
 class LdsEvaluator(RetrainingEvaluator):
@@ -69,11 +108,15 @@ class LdsEvaluator(RetrainingEvaluator):
             variant.require(self.queries.selected, "evaluation.variants")
         self.masks = self._subsets()
         self.subsets, self.chosen = self._part()
+        self.others = other_runs(
+            self.config.runs, context, files.model, names, lambda folder, manifest: read_rows(folder, manifest, names)
+        )
         self.inputs = {
             "dataset": files.dataset,
             "model": files.model,
             "variants": names,
             "queries": fingerprint(self.queries.wanted),
+            "runs": [sha256_file(run / SUBSETS) for run in self.others],
             **{f"scores of {v.name}": v.manifest["outputs"][SCORES]["sha256"] for v in self.variants},
         }
 
@@ -180,8 +223,7 @@ class LdsEvaluator(RetrainingEvaluator):
     # --- results ------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        places = {query: place for place, query in enumerate(q for chosen in self.chosen.values() for q in chosen)}
-        results: dict[str, Any] = {
+        return {
             "num_images": self.masks.shape[1],
             "subset_size": int(self.masks[0].sum()),
             "part": self.config.part,
@@ -191,35 +233,56 @@ class LdsEvaluator(RetrainingEvaluator):
             "num_resamples": self.config.num_resamples,
             "confidence": CONFIDENCE,
             "seed": self.config.seed,
-            "queries": {},
+            "pooled_runs": len(self.others),
+            "queries": {
+                kind: {
+                    "ids": queries,
+                    **self._results_of([self.rows.of(queries), *self._rows_of_others(kind)]),
+                }
+                for kind, queries in self.chosen.items()
+            },
         }
-        for kind, queries in self.chosen.items():
-            rows = self.measured[:, [places[query] for query in queries]]
-            results["queries"][kind] = {"ids": queries, **self._results_of(queries, rows)}
-        return results
 
-    def _results_of(self, queries: list[int], measured: Floats) -> dict[str, Any]:
-        """Of the queries of one kind; measured losses [seeds, Q, M]."""
-        losses = averaged(measured)
+    @cached_property
+    def rows(self) -> Rows:
+        """Of this run."""
+        queries = [query for chosen in self.chosen.values() for query in chosen]
         masks = self.masks[self.subsets]
         predicted = {variant.name: predictions(masks, variant.rows(queries).numpy()) for variant in self.variants}
+        return Rows(queries, predicted, self.measured)
+
+    def _rows_of_others(self, kind: str) -> list[Rows]:
+        return [rows.of(kinds[kind]) for rows, kinds in self.others.values() if kind in kinds]
+
+    def _results_of(self, runs: list[Rows]) -> dict[str, Any]:
+        """Of the queries of one kind."""
+        losses = [averaged(rows.measured) for rows in runs]
+        counts = [len(rows.queries) for rows in runs]
         settings = (self.config.num_resamples, CONFIDENCE)
+        pairs = [(rows.predicted, of_run) for rows, of_run in zip(runs, losses, strict=True)]
         estimates = {
-            over: lds_estimates(predicted, losses, generator(self.config.seed, "lds_resamples"), over, *settings)
+            over: lds_estimates(pairs, generator(self.config.seed, "lds_resamples"), over, *settings)
             for over in ("both", "subsets", "queries")
         }
-        return {
-            "ceiling": ceiling(measured),
-            "variants": [
+        ceilings = [found for rows in runs if (found := ceiling(rows.measured)) is not None]
+        variants = []
+        for variant in self.variants:
+            of_variant = [(predicted[variant.name], of_run) for predicted, of_run in pairs]
+            of_runs = [lds(*pair) for pair in of_variant]
+            variants.append(
                 {
-                    "variant": name,
-                    **{f"lds_over_{over}": asdict(found[name]) for over, (found, _) in estimates.items()},
-                    "per_query": [number_or_none(value) for value in lds(rows, losses).per_query],
-                    "num_undefined": lds(rows, losses).num_undefined,
-                    "noise_floor": asdict(noise_floor(rows, losses, generator(self.config.seed, "lds_floor"))),
+                    "variant": variant.name,
+                    **{f"lds_over_{over}": asdict(of[variant.name]) for over, (of, _) in estimates.items()},
+                    "per_run": [found.mean for found in of_runs],
+                    "per_query": [[number_or_none(value) for value in found.per_query] for found in of_runs],
+                    "num_undefined": sum(found.num_undefined for found in of_runs),
+                    "noise_floor": asdict(noise_floor(of_variant, generator(self.config.seed, "lds_floor"))),
                 }
-                for name, rows in predicted.items()
-            ],
+            )
+        return {
+            "num_queries": sum(counts),
+            "ceiling": weighted_mean(ceilings, counts) if ceilings else None,
+            "variants": variants,
             "differences": [
                 {"variants": list(pair), **asdict(difference)} for pair, difference in estimates["both"][1].items()
             ],
@@ -230,19 +293,27 @@ class LdsEvaluator(RetrainingEvaluator):
             f"{heading(kind)} {'not measured' if entry['ceiling'] is None else cell_text(entry['ceiling'])}"
             for kind, entry in results["queries"].items()
         )
+        pooled = results["pooled_runs"] > 0
+        of_models = f" for each of {results['pooled_runs'] + 1} base models" if pooled else ""
+        of_columns = "; lowest, highest: of the base models" if pooled else ""
         return Table(
             f"linear datamodeling score: {len(results['subsets'])} subsets of {results['subset_size']} of "
-            f"{results['num_images']} images, {results['seeds_per_subset']} training seeds each, intervals of "
-            f"{results['confidence']:.0%} over subsets and queries; floor: 97.5 % of shuffled subsets lie below; p: of "
-            f"shuffled subsets, one-sided; ceiling (one training seed against the others): {ceilings}",
-            ("queries", "variant", "count", "lds", "over_subsets", "floor", "p", "undefined"),
+            f"{results['num_images']} images{of_models}, {results['seeds_per_subset']} training seeds each, intervals "
+            f"of {results['confidence']:.0%} over subsets and queries; floor: 97.5 % of shuffled subsets lie below; p: "
+            f"of shuffled subsets, one-sided{of_columns}; ceiling (one training seed against the others): {ceilings}",
+            (
+                *("queries", "variant", "count", "lds", "over_subsets"),
+                *(("lowest", "highest") if pooled else ()),
+                *("floor", "p", "undefined"),
+            ),
             [
                 (
                     heading(kind),
                     row["variant"],
-                    len(entry["ids"]),
+                    entry["num_queries"],
                     estimate,
                     shown(row["lds_over_subsets"]),
+                    *((min(row["per_run"]), max(row["per_run"])) if pooled else ()),
                     row["noise_floor"]["upper"],
                     row["noise_floor"]["p_value"],
                     row["num_undefined"],
@@ -265,15 +336,16 @@ class LdsEvaluator(RetrainingEvaluator):
         return {"lds": interval_bars([variant.name for variant in self.variants], panels, axis)}
 
     def files(self, folder: Path) -> list[Path]:
-        """``subsets.safetensors``: who was in, and what was measured, for other software."""
-        queries = [query for chosen in self.chosen.values() for query in chosen]
+        """``subsets.safetensors``, for other software: who was in, what was measured, what each variant predicted."""
         tensors = {
             "subset": torch.from_numpy(self.masks[self.subsets].astype(np.uint8)),
             "example_id": torch.from_numpy(self.base.data.training),
-            "query_id": torch.tensor(queries),
+            "query_id": torch.tensor(self.rows.queries),
             "loss": torch.from_numpy(np.ascontiguousarray(self.measured)),
+            **{PREDICTED + name: torch.from_numpy(rows) for name, rows in self.rows.predicted.items()},
         }
-        write_tensors(folder / SUBSETS, tensors, {"loss": "[seeds, queries, subsets]", "subset": "1: trained on"})
+        shapes = {"loss": "[seeds, queries, subsets]", "subset": "1: trained on", "predicted": "[queries, subsets]"}
+        write_tensors(folder / SUBSETS, tensors, shapes)
         return [folder / SUBSETS]
 
     def facts(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""The similarities of a counterfactual evaluation on disk, and those of several runs together."""
+"""Finished evaluations of several runs together: which fit, and the similarities of counterfactual ones."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,9 @@ from mucs_cli.config import result_config
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.counterfactual import Similarities
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.evaluator import RESULTS
 
+RUNS = "evaluation.runs"
 SIMILARITIES = "similarities.csv"
 COLUMNS = ("seed", "role", "picture", "method", "metric", "value")
 TARGET, CONTROL = "target", "control"
@@ -24,6 +27,7 @@ SEEDS_A_RUN = 1000
 
 Key = tuple[str, str, str]
 """method, metric, role"""
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -49,53 +53,70 @@ def write_samples(samples: Mapping[Key, Similarities], folder: Path) -> Path:
     return folder / SIMILARITIES
 
 
-def other_runs(runs: Sequence[Path], context: Context, model: str, methods: Sequence[str]) -> dict[Path, Pooled]:
-    """Folder of each other run's finished evaluation -> its similarities.
+def other_runs(
+    runs: Sequence[str] | None,
+    context: Context,
+    model: str,
+    methods: Sequence[str],
+    read: Callable[[Path, dict[str, Any]], Part],
+) -> dict[Path, Part]:
+    """Folder of each other run's finished evaluation -> what ``read`` makes of it.
 
     Args:
-        runs: folders of the runs.
+        runs: folders of the runs, ``evaluation.runs``.
         context: the command, on this run.
         model: fingerprint of this run's base model.
         methods: variants that are pooled.
+        read: of the folder and its manifest; raises where it lacks something.
     Raises:
-        UserError: a run has no finished evaluation or its file is damaged, its settings are others in more than seeds,
-            it lacks a method or metric, or it has the base model of another one.
+        UserError: a run has no finished evaluation, its settings are others in more than seeds, or it has the base
+            model of another one.
     """
-    key = "evaluation.runs"
-    found: dict[Path, Pooled] = {}
+    name = context.config.evaluation.name
+    found: dict[Path, Part] = {}
     run_of_model = {model: context.run}
-    for run in runs:
-        folder = run / "evaluate" / "counterfactual"
+    for run in (Path(path).expanduser() for path in runs or []):
+        folder = run / "evaluate" / name
         if run.resolve() == context.run.resolve():
-            raise UserError(key, f"got {run}, which is this run. Leave it out: it is always pooled.")
-        manifest = require_manifest(folder, "evaluate evaluation=counterfactual")
+            raise UserError(RUNS, f"got {run}, which is this run. Leave it out: it is always pooled.")
+        manifest = require_manifest(folder, f"evaluate evaluation={name}")
         theirs = manifest["inputs"]["model"]
         if theirs in run_of_model:
             raise UserError(
-                key,
+                RUNS,
                 f"got {run}, which has the base model of {run_of_model[theirs]}: that is no further evidence. "
                 "Pool runs of different training seeds.",
             )
         run_of_model[theirs] = run
-        part = read_finished(folder, manifest)
-        for method in methods:
-            for metric in context.config.evaluation.metrics:
-                if (method, metric, TARGET) not in part.samples:
-                    raise UserError(
-                        key,
-                        f"got {run}, which has no {method} under {metric}. Score it there and evaluate again, or "
-                        "choose evaluation.variants.",
-                    )
+        part = read(folder, manifest)
         ours = settings_of(context.run, methods, result_config(context.config.evaluation))
         difference = first_difference(ours, settings_of(run, methods, manifest["config"]["evaluation"]))
         if difference is not None:
             name, mine, other = difference
             raise UserError(
-                key,
+                RUNS,
                 f"got {run}, which has {name}={other!r}; expected {mine!r} as here. Pool runs that differ in seeds.",
             )
         found[folder] = part
     return found
+
+
+def require_output(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """The file, which is checked to be the one that the evaluation wrote."""
+    path = folder / name
+    if not path.exists() or sha256_file(path) != manifest["outputs"].get(name, {}).get("sha256"):
+        raise UserError(
+            str(path), "is not the file its manifest names (SHA-256 differs). Evaluate that run with overwrite=true."
+        )
+    return path
+
+
+def missing_in(run: Path, method: str, where: str = "") -> UserError:
+    """That another run's evaluation lacks a method."""
+    return UserError(
+        RUNS,
+        f"got {run}, which has no {method}{where}. Score it there and evaluate again, or choose evaluation.variants.",
+    )
 
 
 def settings_of(run: Path, methods: Sequence[str], evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,17 +131,13 @@ def settings_of(run: Path, methods: Sequence[str], evaluation: Mapping[str, Any]
     return {key: value for key, value in found.items() if not key.endswith(".seed")}
 
 
-def read_finished(folder: Path, manifest: Mapping[str, Any]) -> Pooled:
+def read_samples(folder: Path, manifest: Mapping[str, Any], methods: Sequence[str], metrics: Sequence[str]) -> Pooled:
     """The similarities that another run's evaluation wrote.
 
     Raises:
-        UserError: the file is not the one that its manifest names.
+        UserError: a method or metric is missing, or a file is not the one that its manifest names.
     """
-    path = folder / SIMILARITIES
-    if not path.exists() or sha256_file(path) != manifest["outputs"].get(SIMILARITIES, {}).get("sha256"):
-        raise UserError(
-            str(path), "is not the file its manifest names (SHA-256 differs). Evaluate that run with overwrite=true."
-        )
+    path = require_output(folder, manifest, SIMILARITIES)
     columns: dict[Key, list[tuple[int, int, float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -130,8 +147,13 @@ def read_finished(folder: Path, manifest: Mapping[str, Any]) -> Pooled:
     for key, rows in columns.items():
         seed, picture, value = zip(*rows, strict=True)
         samples[key] = Similarities(np.array(seed), np.array(picture), np.array(value))
+    for method, metric in itertools.product(methods, metrics):
+        if (method, metric, TARGET) not in samples:
+            raise missing_in(folder.parent.parent, method, f" under {metric}")
     count = len({seed for rows in columns.values() for seed, _, _ in rows})
-    removed = {name: sizes[:count] for name, sizes in read_json(folder / "results.json")["removed"].items()}
+    removed = {
+        name: sizes[:count] for name, sizes in read_json(require_output(folder, manifest, RESULTS))["removed"].items()
+    }
     return Pooled(samples, removed)
 
 

@@ -4,8 +4,8 @@
 #   scripts/tables/main.sh experiment=cifar10_dit_edm [run=outputs/main] [KEY=VALUE ...]
 #
 # What is finished is not computed again: after an interruption, call it again. Several calls at once share the retraining
-# (start them a moment apart). Tables: <run>/tables/counterfactual.md and lds-seed-S.md with CSV and LaTeX beside them; the
-# counterfactual one is printed as well. Environment: see common.sh, and
+# (start them a moment apart). Tables: <run>/tables/{lds,counterfactual}.md, over all seeds, and lds-seed-S.md, with CSV
+# and LaTeX beside them; those over all seeds are printed as well. Environment: see common.sh, and
 #
 #   LDS             overrides of evaluation=lds, for example "evaluation.num_subsets=32" (LDS=skip leaves it out)
 #   COUNTERFACTUAL  overrides of evaluation=counterfactual (COUNTERFACTUAL=skip leaves it out)
@@ -27,9 +27,13 @@ for seed in "${seeds[@]}"; do
         evaluate run="$run" evaluation=counterfactual "${counterfactual[@]}"
     fi
 done
-if [ "${COUNTERFACTUAL:-}" != skip ]; then
+pooled() {
+    local evaluation=$1 run
+    shift
     run=$(run_of "${seeds[0]}")
-    evaluate run="$run" evaluation=counterfactual "${counterfactual[@]}" evaluation.runs="$(others)"
-    for kind in md csv tex; do cp "$run/evaluate/counterfactual/table.$kind" "$base/tables/counterfactual.$kind"; done
-    cat "$base/tables/counterfactual.md"
-fi
+    evaluate run="$run" evaluation="$evaluation" "$@" evaluation.runs="$(others)"
+    for kind in md csv tex; do cp "$run/evaluate/$evaluation/table.$kind" "$base/tables/$evaluation.$kind"; done
+    cat "$base/tables/$evaluation.md"
+}
+[ "${LDS:-}" = skip ] || pooled lds "${lds[@]}"
+[ "${COUNTERFACTUAL:-}" = skip ] || pooled counterfactual "${counterfactual[@]}"

@@ -218,21 +218,40 @@ def test_differences_are_paired_and_tell_methods_apart_whose_own_intervals_overl
     near = scores + 0.5 * draws(1).normal(size=scores.shape)
     losses = -(scores @ masks.T) + draws(2).normal(scale=4, size=(3, 40))
     predicted = {"exact": predictions(masks, scores), "near": predictions(masks, near)}
-    estimates, differences = lds_estimates(predicted, losses, source(), over="subsets")
+    estimates, differences = lds_estimates([(predicted, losses)], source(), over="subsets")
     assert list(differences) == [("exact", "near")]
     gap, exact, other = differences["exact", "near"], estimates["exact"], estimates["near"]
     assert exact.value is not None and other.value is not None and gap.value == exact.value - other.value
     widths = [e.high - e.low for e in (gap, exact, other) if e.high is not None and e.low is not None]
     assert 0 < widths[0] < 0.7 * np.hypot(widths[1], widths[2])
     assert exact.num_clusters == 40 and exact.count == 3
-    unpaired, _ = lds_estimates({"near": predicted["near"]}, losses, source(), over="subsets")
+    unpaired, _ = lds_estimates([({"near": predicted["near"]}, losses)], source(), over="subsets")
     assert unpaired["near"] == other  # a method's interval does not depend on which others are there
+
+
+def test_runs_are_pooled_by_their_queries_and_each_is_resampled_and_shuffled_alone(world):
+    predicted, losses = noisy_methods(world)
+    few = ({name: rows[:2, :30] for name, rows in predicted.items()}, losses[:2, :30])
+    estimates, differences = lds_estimates([(predicted, losses), few], source(3), num_resamples=500)
+    all_queries = np.concatenate([lds(p["exact"], measured).per_query for p, measured in ((predicted, losses), few)])
+    exact, blurred = estimates["exact"], estimates["blurred"]
+    assert exact.value == pytest.approx(all_queries.mean()) and exact.count == 8 and exact.num_clusters == 2
+    assert exact.low is None  # of two queries no interval can be drawn
+    both = [(predicted, losses), ({name: rows[::-1] for name, rows in predicted.items()}, losses[::-1])]
+    estimates, differences = lds_estimates(both, source(3), num_resamples=500)
+    draw = source(3)
+    expected = np.mean([resampled_lds(*run, draw, num_resamples=500)["blurred"] for run in both], axis=0)
+    assert (estimates["blurred"].low, estimates["blurred"].high) == pytest.approx(np.quantile(expected, [0.025, 0.975]))
+    assert differences["exact", "blurred"].value == pytest.approx(exact.value - blurred.value, abs=0.2)
+    one = noise_floor([(predicted["exact"], losses)], source(), num_permutations=4000)
+    two = noise_floor([(p["exact"], measured) for p, measured in both], source(), num_permutations=4000)
+    assert two.deviation == pytest.approx(one.deviation / np.sqrt(2), rel=0.1)
 
 
 def test_two_queries_give_no_interval_over_queries(world):
     predicted, losses = noisy_methods(world)
     few = {name: rows[:2] for name, rows in predicted.items()}
-    estimates, _ = lds_estimates(few, losses[:2], source(), over="both", num_resamples=50)
+    estimates, _ = lds_estimates([(few, losses[:2])], source(), over="both", num_resamples=50)
     assert estimates["exact"].value is not None and estimates["exact"].low is None
 
 
@@ -271,12 +290,12 @@ def test_averaging_seeds_raises_the_lds_of_exact_scores(world):
 
 def test_the_noise_floor_of_one_query_is_one_over_root_m_minus_one_and_of_like_queries_no_smaller(world):
     masks, scores, losses = world
-    one = noise_floor(predictions(masks, scores[:1]), losses[:1], source(), num_permutations=4000)
+    one = noise_floor([(predictions(masks, scores[:1]), losses[:1])], source(), num_permutations=4000)
     assert one.deviation == pytest.approx(1 / np.sqrt(39), rel=0.05)
     assert one.upper == pytest.approx(1.96 / np.sqrt(39), rel=0.1)
-    same = [np.repeat(array, 5, axis=0) for array in (predictions(masks, scores[:1]), losses[:1])]
-    assert noise_floor(*same, source(), num_permutations=4000).deviation == pytest.approx(one.deviation, rel=1e-9)
-    apart = noise_floor(predictions(masks, scores), losses, source(), num_permutations=4000)
+    same = (np.repeat(predictions(masks, scores[:1]), 5, axis=0), np.repeat(losses[:1], 5, axis=0))
+    assert noise_floor([same], source(), num_permutations=4000).deviation == pytest.approx(one.deviation, rel=1e-9)
+    apart = noise_floor([(predictions(masks, scores), losses)], source(), num_permutations=4000)
     assert apart.deviation < 0.7 * one.deviation
 
 
@@ -285,12 +304,12 @@ def test_the_noise_floor_is_the_lds_of_shuffled_losses(world):
     scores = scores.copy()
     scores[2] = 1.0
     predicted = predictions(masks, scores)
-    found = noise_floor(predicted, losses, source(9), num_permutations=5)
+    found = noise_floor([(predicted, losses)], source(9), num_permutations=5)
     orders = torch.rand(5, 40, generator=source(9), dtype=torch.float64).argsort(dim=1).numpy()
     shuffled = [lds(predicted, losses[:, order]).mean for order in orders]
     assert found.deviation == pytest.approx(np.sqrt(np.mean(np.square(shuffled))), abs=1e-12)
     assert found.p_value == 1 / 6
-    nothing = noise_floor(np.ones_like(predicted), losses, source(), num_permutations=5)
+    nothing = noise_floor([(np.ones_like(predicted), losses)], source(), num_permutations=5)
     assert (nothing.deviation, nothing.p_value) == (0.0, 1.0)
 
 
@@ -298,7 +317,7 @@ def test_p_values_of_unrelated_scores_are_uniform():
     p_values = []
     for trial in range(150):
         predicted, losses = draws(trial).normal(size=(3, 20)), draws(1000 + trial).normal(size=(3, 20))
-        p_values.append(noise_floor(predicted, losses, source(trial), num_permutations=200).p_value)
+        p_values.append(noise_floor([(predicted, losses)], source(trial), num_permutations=200).p_value)
     assert np.abs(np.sort(p_values) - (np.arange(150) + 0.5) / 150).max() < 0.13  # 99 % point of Kolmogorov-Smirnov
 
 
@@ -325,5 +344,5 @@ def test_exact_leave_one_out_scores_of_a_ridge_regression_predict_retraining_on_
     exact = lds(predictions(masks, scores), measured)
     assert exact.mean > 0.95 and exact.num_undefined == 0
     random = predictions(masks, rng.random((15, 120)))
-    assert abs(lds(random, measured).mean) < 3 * noise_floor(random, measured, source()).deviation < 0.25
+    assert abs(lds(random, measured).mean) < 3 * noise_floor([(random, measured)], source()).deviation < 0.25
     assert rankdata(measured[0]).max() == 100  # every retraining is another one

@@ -188,6 +188,41 @@ def test_status_counts_the_models_and_cleaning_leaves_them(run: Path, capsys: py
     assert stamps(run / "retrain") == before
 
 
+def test_runs_of_other_seeds_are_pooled_from_their_files_and_others_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run.parent / "other"
+    training = ["training.num_steps=4", "training.warmup_steps=1", "training.batch_size=16", "seed=1"]
+    made_with = ["data.limit=80", f"data.holdout={NUM_HELD_OUT}", *training]
+    mucs("train", "experiment=digits", f"run={other}", "device=cpu", *made_with)
+    mucs("sample", f"run={other}", "sampler.num_steps=2", "queries.num=4", "queries.held_out=3")
+    mucs("score", "-m", f"run={other}", "method=pixel,random")
+    settings = [*SMALL, "evaluation.seeds_per_subset=2"]
+    pooled = [*settings, f"evaluation.runs=[{other}]", "evaluation.variants=[pixel,random]"]
+    assert "other" in fails(capsys, "evaluate", f"run={run}", *pooled)
+    mucs("evaluate", f"run={other}", *settings)
+    for runs, expected in ((f"{other},{other}", f"base model of {other}"), (str(run), "which is this run")):
+        assert expected in fails(capsys, "evaluate", f"run={run}", *pooled, f"evaluation.runs=[{runs}]")
+    assert "which has no condition" in fails(capsys, "evaluate", f"run={run}", *settings, f"evaluation.runs=[{other}]")
+    assert "num_draws" in fails(capsys, "evaluate", f"run={run}", *pooled, "evaluation.num_draws=9")
+
+    capsys.readouterr()
+    mucs("evaluate", f"run={run}", *pooled, "overwrite=true")
+    assert "for each of 2 base models" in " ".join(capsys.readouterr().out.split())
+    results = results_of(run, "lds")
+    for place, (kind, rows) in enumerate((("generated", slice(0, 4)), ("held_out", slice(4, 7)))):
+        entry = results["queries"][kind]
+        assert entry["num_queries"] == 8 - 2 * place and len(entry["variants"]) == 2
+        for row in entry["variants"]:
+            expected = []
+            for found in (subsets_of(run), subsets_of(other)):
+                predicted, losses = found[f"predicted/{row['variant']}"][rows], found["loss"].mean(axis=0)[rows]
+                pairs = zip(predicted, losses, strict=True)
+                expected.append(np.mean([spearmanr(*pair).statistic for pair in pairs]))
+            assert row["per_run"] == pytest.approx(expected)
+            assert row["lds_over_both"]["value"] == pytest.approx(np.mean(expected))
+
+
 def test_what_cannot_be_evaluated_is_named_before_anything_is_trained(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

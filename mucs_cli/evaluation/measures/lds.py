@@ -11,7 +11,7 @@ subsets is better for a query is all that counts: scores may be shifted by a con
 one size) and y may be mapped by any increasing function.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,8 +247,7 @@ def weighted_correlation(x: Floats, y: Floats, counts: Floats) -> Floats:
 
 
 def lds_estimates(
-    predicted: Mapping[str, Floats],
-    measured: ArrayLike,
+    runs: Sequence[tuple[Mapping[str, Floats], ArrayLike]],
     generator: torch.Generator,
     over: Resampled = "both",
     num_resamples: int = NUM_RESAMPLES,
@@ -256,27 +255,40 @@ def lds_estimates(
 ) -> tuple[dict[str, Estimate], dict[tuple[str, str], Estimate]]:
     """The LDS of every method with its interval, and the difference of every two methods with its own, paired.
 
+    Several runs, a base model each, are pooled: the mean over all their queries, and resamples of each run's own
+    subsets and queries. The intervals hold for these base models.
+
     Args:
-        as ``resampled_lds``; confidence: of the intervals.
+        runs: predictions, method -> [Q, M], and measured losses [Q, M] of each run; the same methods in all.
+        generator, over, num_resamples: as ``resampled_lds``; confidence: of the intervals.
     Returns:
-        method -> LDS; (a, b) -> LDS of a minus LDS of b, for a before b.
+        method -> LDS; (a, b) -> LDS of a minus LDS of b, for a before b. ``num_clusters`` is that of the smallest run.
     """
-    value = {method: lds(rows, measured).mean for method, rows in predicted.items()}
-    resampled = resampled_lds(predicted, measured, generator, over, num_resamples)
-    num_queries, num_subsets = np.asarray(measured).shape
-    units = {"subsets": num_subsets, "queries": num_queries, "both": min(num_subsets, num_queries)}[over]
+    counts = [len(np.asarray(losses)) for _, losses in runs]
+    names = list(runs[0][0])
+    found = [resampled_lds(predicted, losses, generator, over, num_resamples) for predicted, losses in runs]
+    value = {m: weighted_mean([lds(predicted[m], losses).mean for predicted, losses in runs], counts) for m in names}
+    resampled = {m: np.average([of_run[m] for of_run in found], axis=0, weights=counts) for m in names}
+    units = min(
+        {"subsets": num_subsets, "queries": num_queries, "both": min(num_subsets, num_queries)}[over]
+        for num_queries, num_subsets in (np.asarray(losses).shape for _, losses in runs)
+    )
 
     def estimate(number: float, values: Floats) -> Estimate:
         low, high = interval(values, confidence) if units >= 3 else (None, None)
-        return Estimate(number, low, high, num_queries, units, coverage_limit(units))
+        return Estimate(number, low, high, sum(counts), units, coverage_limit(units))
 
-    names = list(predicted)
     differences = {
         (a, b): estimate(value[a] - value[b], resampled[a] - resampled[b])
         for place, a in enumerate(names)
         for b in names[place + 1 :]
     }
     return {name: estimate(value[name], resampled[name]) for name in names}, differences
+
+
+def weighted_mean(values: Sequence[float], counts: Sequence[int]) -> float:
+    """The mean over all queries of means over each run's."""
+    return float(np.average(values, weights=counts))
 
 
 # --- what can be reached, and what chance reaches --------------------------------------------------------------------
@@ -326,33 +338,40 @@ class NoiseFloor:
 
 
 def noise_floor(
-    predicted: ArrayLike, measured: ArrayLike, generator: torch.Generator, num_permutations: int = NUM_RESAMPLES
+    runs: Sequence[tuple[ArrayLike, ArrayLike]], generator: torch.Generator, num_permutations: int = NUM_RESAMPLES
 ) -> NoiseFloor:
-    """The distribution of the LDS when the measured subsets are shuffled, in the same way for all queries.
+    """The distribution of the LDS when the measured subsets are shuffled, in the same way for all queries of a run.
 
     A single query's correlation then has the standard deviation 1 / sqrt(M - 1). Queries share the retrained models, so
     that the mean over queries is noisier than independent ones would make it; shuffling them together keeps that.
 
     Args:
-        predicted, measured: [Q, M].
+        runs: predicted and measured losses of each run, [Q, M].
         generator: draws the permutations.
         num_permutations: R.
     Raises:
         ValueError: as ``lds``.
     """
-    losses, rows = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    own = lds(rows, losses)
-    defined = ~np.isnan(own.per_query)
-    x, y = (unit_ranks(values[defined]) for values in (rows, losses))
-    shared = x.T @ y / len(rows)  # [M, M]: what subset i predicted beside subset j measured adds to the LDS
-    place = np.arange(shared.shape[0])
-    shuffled = np.array([shared[place, order].sum() for order in permutations(len(place), num_permutations, generator)])
-    reached = int((shuffled >= own.mean - 1e-12).sum())
+    counts = [len(np.asarray(measured)) for _, measured in runs]
+    own = weighted_mean([lds(predicted, measured).mean for predicted, measured in runs], counts)
+    of_runs = [shuffled_lds(predicted, measured, generator, num_permutations) for predicted, measured in runs]
+    shuffled = np.average(of_runs, axis=0, weights=counts)
+    reached = int((shuffled >= own - 1e-12).sum())
     return NoiseFloor(
         float(np.sqrt(np.mean(shuffled**2))),
         float(np.quantile(shuffled, 0.975)),
         (1 + reached) / (1 + num_permutations),
     )
+
+
+def shuffled_lds(predicted: ArrayLike, measured: ArrayLike, generator: torch.Generator, count: int) -> Floats:
+    """The LDS for ``count`` random orders of the measured subsets."""
+    losses, rows = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    defined = ~np.isnan(spearman(rows, losses))
+    x, y = (unit_ranks(values[defined]) for values in (rows, losses))
+    shared = x.T @ y / len(rows)  # [M, M]: what subset i predicted beside subset j measured adds to the LDS
+    place = np.arange(shared.shape[0])
+    return np.array([shared[place, order].sum() for order in permutations(len(place), count, generator)])
 
 
 def unit_ranks(rows: Floats) -> Floats:
