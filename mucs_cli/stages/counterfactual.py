@@ -376,4 +376,5 @@ def contrast_of(pooled: Pooled, method: str, baseline: str, metric: str) -> Cont
         # Pictures of controls are numbered from 0 as queries are: told apart by what is below 0.
         replace(controls, query=-1 - controls.query) if has_controls else None,
         replace(theirs, query=-1 - theirs.query) if has_controls else None,
+        tested=method != OTHER_PICTURES,  # the same values for every training seed: a reference, not observations
     )

@@ -178,6 +178,20 @@ def test_a_plan_counts_the_models_and_trains_none_and_a_worker_only_trains(
     assert not (run / "evaluate" / "lds" / "results.json").exists()
 
 
+def test_a_plan_and_a_worker_need_no_scores_yet(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("score", "retrain", "evaluate"):
+        shutil.rmtree(run / folder)
+    settings = ["evaluation=lds", "evaluation.num_subsets=3", "evaluation.num_draws=8", "evaluation.num_resamples=100"]
+    mucs("evaluate", f"run={run}", *settings, "plan=true")
+    mucs("evaluate", f"run={run}", *settings, "evaluation.worker=0")
+    trained = stamps(run / "retrain")
+    assert len([path for path in trained if path.name == "manifest.json"]) == 3
+    assert "no scores have finished" in fails(capsys, "evaluate", f"run={run}", *settings)
+    mucs("score", f"run={run}", "method=pixel")
+    mucs("evaluate", f"run={run}", *settings)
+    assert trained.items() <= stamps(run / "retrain").items()
+
+
 def test_status_counts_the_models_and_cleaning_leaves_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "retrain" / "0123456789abcdef").mkdir()
     before = stamps(run / "retrain")

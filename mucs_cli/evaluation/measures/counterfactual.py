@@ -87,6 +87,7 @@ class Contrast:
     targets, controls: similarities under the method; None without controls.
     baseline_targets, baseline_controls: of the same pictures under the baseline.
     num_removed, baseline_num_removed: how many images each retraining did without; one number a training seed.
+    tested: False for a reference, which has no p-values and does not count in their correction.
     """
 
     method: str
@@ -98,6 +99,7 @@ class Contrast:
     baseline_num_removed: Sequence[int]
     controls: Similarities | None = None
     baseline_controls: Similarities | None = None
+    tested: bool = True
 
 
 # --- a row of the table ----------------------------------------------------------------------------------------------
@@ -194,13 +196,13 @@ def row_of(contrast: Contrast, num_examples: int, settings: Settings) -> Row:
         if contrast.controls.keys().keys() & contrast.targets.keys().keys():
             raise ValueError(f"{contrast.method}: a picture is both target and control")
         pairs = pair(contrast.controls, contrast.baseline_controls)
-        controls = side_of(pairs, "two-sided", settings)
+        controls = side_of(pairs, "two-sided", settings, contrast.tested)
         separation = separation_of(targets, pairs, settings)
     return Row(
         method=contrast.method,
         baseline=contrast.baseline,
         metric=contrast.metric,
-        targets=side_of(targets, "less", settings),
+        targets=side_of(targets, "less", settings, contrast.tested),
         controls=controls,
         separation=separation,
         num_removed=list(contrast.num_removed),
@@ -210,7 +212,7 @@ def row_of(contrast: Contrast, num_examples: int, settings: Settings) -> Row:
     )
 
 
-def side_of(pairs: Pairs, alternative: statistics.Alternative, settings: Settings) -> Side:
+def side_of(pairs: Pairs, alternative: statistics.Alternative, settings: Settings, tested: bool) -> Side:
     method, baseline = pairs.method, pairs.baseline
     clusters = clusters_of([pairs], settings)
 
@@ -226,8 +228,8 @@ def side_of(pairs: Pairs, alternative: statistics.Alternative, settings: Setting
         auc=estimate(statistics.weighted_auc(method, baseline)),
         ratio=estimate(statistics.weighted_ratio(method, baseline, settings.lower_median)),
         hit_rate=statistics.hit_rate(method, baseline),
-        mann_whitney=statistics.mann_whitney(method, baseline, alternative),
-        wilcoxon=statistics.wilcoxon(method, baseline, alternative),
+        mann_whitney=statistics.mann_whitney(method, baseline, alternative) if tested else None,
+        wilcoxon=statistics.wilcoxon(method, baseline, alternative) if tested else None,
     )
 
 
