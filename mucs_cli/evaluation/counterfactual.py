@@ -25,6 +25,12 @@ class CounterfactualConfig(MetricsConfig, RetrainingEvaluationConfig):
         choices=("union", "per_query"),
     )
     num_controls: int = option(20, "further generated pictures, for which nothing is removed", minimum=0)
+    batches: str = option(
+        "base",
+        "base: retrained in the base model's batches, with a random image in the place of each removed one, so that as "
+        "little as possible differs by chance; new: the images that are left are shuffled anew",
+        choices=("base", "new"),
+    )
     num_seeds: int = option(1, "models a removal, from training seeds counted up from the base model's", minimum=1)
     matched: bool = option(
         True, "removal=union: beside each method a removal of as many random images as its union holds"

@@ -171,10 +171,13 @@ class CounterfactualEvaluator(RetrainingEvaluator):
     def retrainings(self) -> Sequence[Retraining]:
         removals = zip(self.seeds, self.removals, strict=True)
         return [
-            Retraining.of([], self.models.base_seed),
-            *(Retraining.of([], seed) for seed in self.floor_seeds),
-            *(Retraining.of(ids, seed) for seed, of_seed in removals for sets in of_seed.values() for ids in sets),
+            self._task([], self.models.base_seed),
+            *(self._task([], seed) for seed in self.floor_seeds),
+            *(self._task(ids, seed) for seed, of_seed in removals for sets in of_seed.values() for ids in sets),
         ]
+
+    def _task(self, removed: Sequence[int] | Ids, seed: int) -> Retraining:
+        return Retraining.of(removed, seed, self.config.batches == "base")
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
@@ -218,7 +221,7 @@ class CounterfactualEvaluator(RetrainingEvaluator):
 
     def evaluate(self) -> dict[str, Any]:
         before = self.pictures(None)
-        same = self.pictures(Retraining.of([], self.models.base_seed))
+        same = self.pictures(self._task([], self.models.base_seed))
         removed = {name: [len(of_seed[name][0]) for of_seed in self.removals] for name in self.removals[0]}
         removed |= {NO_REMOVAL: [0] * len(self.seeds), OTHER_PICTURES: [0] * len(self.seeds)}
         pooled = pool(Pooled(self.own, removed), list(self.others.values()))
@@ -276,11 +279,11 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         num_targets, num_pictures = len(self.targets), len(before)
         values: dict[str, dict[str, list[Floats]]] = {}  # method -> metric -> a row a seed
         tasks = [
-            (name, [Retraining.of(ids, seed) for ids in sets])
+            (name, [self._task(ids, seed) for ids in sets])
             for seed, of_seed in zip(self.seeds, self.removals, strict=True)
             for name, sets in of_seed.items()
         ]
-        tasks += [(NO_REMOVAL, [Retraining.of([], seed)]) for seed in self.floor_seeds]
+        tasks += [(NO_REMOVAL, [self._task([], seed)]) for seed in self.floor_seeds]
         with Progress("compare", sum(len(of_task) for _, of_task in tasks), "models") as progress:
             for name, of_task in tasks:
                 found = []
@@ -344,7 +347,7 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         def after(name: str, place: int) -> np.ndarray:
             sets = self.removals[0].get(name, [np.empty(0, np.int64)])
             seed = self.floor_seeds[0] if name == NO_REMOVAL else self.seeds[0]
-            picture: np.ndarray = self.pictures(Retraining.of(sets[place % len(sets)], seed))[place].numpy()
+            picture: np.ndarray = self.pictures(self._task(sets[place % len(sets)], seed))[place].numpy()
             return picture
 
         images = [[before[place].numpy(), *(after(name, place) for name in columns)] for place in places]

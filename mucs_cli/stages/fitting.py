@@ -31,6 +31,7 @@ def fit(
     config: TrainingConfig,
     device: torch.device,
     title: str = "train",
+    in_batches_of: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Trains to the end, from where an interrupted attempt was; returns facts for the manifest.
 
@@ -42,16 +43,17 @@ def fit(
         config: for messages, and how often to save.
         device: where to compute.
         title: of the progress.
+        in_batches_of: see ``batch_ids``.
     Raises:
         UserError: the loss is not finite any more, or a file cannot be written.
     """
     settings = trainer.settings
     resume(trainer, folder / "checkpoint", title)
-    order = ShuffledOrder(len(ids), settings.seed, "order")
+    ids_of = batch_ids(ids, settings, in_batches_of)
     conditional = trainer.denoiser.network.is_conditional
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        chosen = ids[order.batch(step, settings.batch_size).numpy()]
+        chosen = ids_of(step)
         condition = None
         if conditional:
             source = generator(settings.seed, "choice_of_condition", step)
@@ -89,6 +91,30 @@ def fit(
         "best_step": trainer.best_step,
         **({"held_out_loss": min(trainer.validation)} if trainer.validation else {}),
     }
+
+
+def batch_ids(
+    ids: np.ndarray, settings: TrainingSettings, in_batches_of: np.ndarray | None = None
+) -> Callable[[int], np.ndarray]:
+    """Step -> the example ids of its batch, [batch size].
+
+    Args:
+        ids: of the images to train on, [n].
+        settings: with batch size and seed.
+        in_batches_of: ids of another training's images, which hold ``ids``: its batches, with a random one of ``ids``
+            in the place of every image that is not among them. Sigma and noise belong to places in batches, so that two
+            such trainings of one seed differ in the replaced images alone. None: ``ids`` are shuffled anew.
+    """
+    shuffled = ids if in_batches_of is None else in_batches_of
+    order = ShuffledOrder(len(shuffled), settings.seed, "order")
+
+    def of_step(step: int) -> np.ndarray:
+        chosen = shuffled[order.batch(step, settings.batch_size).numpy()]
+        source = generator(settings.seed, "replacement", step)
+        replacement = ids[torch.randint(len(ids), (len(chosen),), generator=source).numpy()]
+        return np.where(np.isin(chosen, ids), chosen, replacement)
+
+    return of_step
 
 
 def held_out_loss(

@@ -35,15 +35,23 @@ RECIPE = ("model", "diffusion", "training")
 
 @dataclass(frozen=True)
 class Retraining:
-    """One model: ``removed`` are sorted example ids that it does without, ``seed`` is its training seed."""
+    """One model.
+
+    removed: sorted example ids that it does without.
+    seed: its training seed.
+    in_batches_of_all: trained in the batches of all images, with random images in the place of removed ones, see
+        ``fitting.batch_ids``; else the images that are left are shuffled anew.
+    """
 
     removed: tuple[int, ...]
     seed: int
+    in_batches_of_all: bool = False
 
     @classmethod
-    def of(cls, removed: Sequence[int] | np.ndarray, seed: int) -> "Retraining":
-        """From example ids in any order."""
-        return cls(tuple(sorted(int(example) for example in removed)), seed)
+    def of(cls, removed: Sequence[int] | np.ndarray, seed: int, in_batches_of_all: bool = False) -> "Retraining":
+        """From example ids in any order. With nothing removed both ways of making batches are one."""
+        ids = tuple(sorted(int(example) for example in removed))
+        return cls(ids, seed, in_batches_of_all and len(ids) > 0)
 
 
 class Retrainings:
@@ -75,6 +83,8 @@ class Retrainings:
         config = {section: result_config(getattr(self.context.config, section)) for section in RECIPE}
         config["training"] |= {"seed": wanted.seed}
         inputs = {"dataset": self.inputs.data.fingerprint, "removed": fingerprint(list(wanted.removed))}
+        if wanted.in_batches_of_all:
+            inputs["in_batches_of"] = "all"
         return {"config": config, "inputs": inputs}
 
     def key(self, wanted: Retraining) -> str:
@@ -144,7 +154,8 @@ class Retrainings:
             denoiser.network.to(device)
             trainer = Trainer(denoiser, training_settings(training))
             ids = np.setdiff1d(data.training, np.array(task.removed, dtype=np.int64))
-            facts = fit(trainer, data, ids, folder, training, device, title)
+            in_batches_of = data.training if task.in_batches_of_all else None
+            facts = fit(trainer, data, ids, folder, training, device, title, in_batches_of)
             files = save_denoiser(folder / "model", denoiser, trainer.result())
             write_tensors(folder / "removed.safetensors", {"example_id": torch.tensor(task.removed, dtype=torch.int64)})
             counts = {"training_images": len(ids), "removed": len(task.removed), "steps": trainer.step}

@@ -4,7 +4,8 @@
 #
 #   PYTHON   the interpreter (default .venv/bin/python of the checkout, else python3)
 #   SEEDS    a base model and its queries each (default "1 2 3 4")
-#   METHODS  which methods, by name (default: those that need no weights from elsewhere)
+#   METHODS  which methods, by name (default: those that need no weights from elsewhere); with settings after a colon:
+#            METHODS="mucs mucs:noise_bank.grid=even,unlearning.forget_weight=0.5 pixel:method.similarity=euclidean"
 set -euo pipefail
 tables=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$tables/../../.venv/bin/python}
@@ -37,16 +38,17 @@ evaluate() { mucs evaluate "${device[@]}" "$@"; }
 # Trains the base model of a seed and samples its queries.
 sampled() { mucs run "${made_with[@]}" run="$(run_of "$1")" seed="$1" 'stages=[train,sample]'; }
 
-# Scores a run with one method. One that this model or data cannot take is said and left out.
+# Scores a run with one method, given with its settings. One that this model or data cannot take is said and left out.
 score_with() {
-    local method=$1 run=$2 status=0
-    say "$run: $method"
+    local method=${1%%:*} run=$2 status=0 settings=()
+    [ "$1" = "$method" ] || IFS=, read -ra settings <<< "${1#*:}"
+    say "$run: $1"
     case $method in
-        mucs|forward_inf|abu) mucs run "${for_scores[@]}" run="$run" method="$method" 'stages=[unlearn,score]' || status=$? ;;
-        *) mucs score "${for_scores[@]}" run="$run" method="$method" || status=$? ;;
+        mucs|forward_inf|abu) mucs run "${for_scores[@]}" run="$run" method="$method" "${settings[@]}" 'stages=[unlearn,score]' || status=$? ;;
+        *) mucs score "${for_scores[@]}" run="$run" method="$method" "${settings[@]}" || status=$? ;;
     esac
     [ "$status" = 0 ] || [ "$status" = 2 ] || exit "$status"
-    [ "$status" = 0 ] || say "$run: left out $method, see above"
+    [ "$status" = 0 ] || say "$run: left out $1, see above"
 }
 
 # Makes the run of one seed and scores it with every method.

@@ -10,7 +10,7 @@ seed=${seeds[0]}
 source=$(run_of "$seed")
 sampled "$seed"
 for method in "${methods[@]}"; do
-    run=$base/methods/$method
+    run=$base/methods/${method//[^[:alnum:]_.-]/_}
     if [ ! -e "$run/run.json" ]; then
         mkdir -p "$run"
         cp -r "$source/data" "$source/train" "$source/sample" "$source/machine.json" "$source/run.json" "$run/"

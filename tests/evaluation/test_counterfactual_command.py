@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,18 @@ def test_statistics_are_those_of_scipy_on_the_file(evaluated: Path, metric: str)
             assert row[side]["count"] == len(ours)
     others = np.mean([values(evaluated, "pixel", name, "target") for name in ("ssim", "mae", "cosine")], axis=0)
     assert np.allclose(values(evaluated, "pixel", "mean", "target"), others)
+
+
+def test_models_are_trained_in_the_batches_of_the_base_model_unless_new_ones_are_asked_for(run: Path) -> None:
+    def trained() -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in (run / "retrain").glob("*/manifest.json")]
+
+    before = trained()
+    assert all(("in_batches_of" in m["inputs"]) == (m["counts"]["removed"] > 0) for m in before)
+    mucs("evaluate", f"run={run}", *SMALL, "evaluation.batches=new", "overwrite=true")
+    added = [manifest for manifest in trained() if manifest not in before]
+    assert all("in_batches_of" not in manifest["inputs"] for manifest in added)
+    assert sum(manifest["counts"]["removed"] > 0 for manifest in before) == len(added)
 
 
 def test_a_rerun_is_up_to_date_and_a_new_method_trains_its_own_models_only(run: Path) -> None:
