@@ -142,7 +142,7 @@ def densities(metrics: Mapping[str, Mapping[str, Similarities]], axis: str, refe
                 found = finite(values)
                 panel.plot(found, [place] * len(found), marker, color=colour, markersize=4, markeredgewidth=0.7)
             panel.set(xlim=(low, high), ylim=(-0.34, 1.08), yticks=[])
-            panel.xaxis.set_major_locator(MaxNLocator(4))
+            panel.xaxis.set_major_locator(MaxNLocator(2))  # up to three labels, which may have three decimals
             panel.spines["left"].set_visible(False)
             if row == 0 or num_lines > 1:
                 panel.set_title(name, fontsize=SMALL)
