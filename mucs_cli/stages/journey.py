@@ -12,6 +12,7 @@ from mucs_cli.diffusion.sampler import sample
 from mucs_cli.errors import UserError
 from mucs_cli.schemas import SampledQueriesConfig
 from mucs_cli.stages.feature_store import FeatureStore
+from mucs_cli.stages.loading import ROLES
 from mucs_cli.stages.work import Work
 
 LARGEST_DIFFERENCE = 0.05
@@ -27,7 +28,7 @@ class JourneyStore(FeatureStore):
     Args:
         work: what it works with; ``work.config.method`` is a ``JourneyTRAKConfig``.
     Raises:
-        UserError: the queries were not sampled, or the sampler takes fewer steps than were asked for.
+        UserError: the queries, or some of them, were not sampled, or the sampler takes fewer steps than were asked for.
     """
 
     def __init__(self, work: Work):
@@ -36,6 +37,13 @@ class JourneyStore(FeatureStore):
                 "method",
                 "got journey_trak with queries from a folder; expected queries=sampled: only what this run sampled has "
                 "a trajectory. Choose another method.",
+            )
+        held_out = [query for query in work.queries.selected if work.queries.role[query] == ROLES["held_out"]]
+        if held_out:
+            raise UserError(
+                "method",
+                f"got journey_trak with query {held_out[0]}, a held-out image; expected generated queries: only what "
+                "was sampled has a trajectory. Choose them by queries.index, or another method.",
             )
         super().__init__(work, "loss")
         taken, count = num_steps(work), work.config.method.num_journey_steps

@@ -127,8 +127,14 @@ def settings_of(run: Path, methods: Sequence[str], evaluation: Mapping[str, Any]
         found |= flatten(require_manifest(run / stage, stage)["config"])
     for method in methods:
         scored = require_manifest(run / "score" / method, "score")["config"]
-        found |= {f"{key} of {method}": value for key, value in flatten(scored).items() if not key.endswith(".seed")}
-    return {key: value for key, value in found.items() if not key.endswith(".seed")}
+        found |= {f"{key} of {method}": value for key, value in flatten(scored).items() if not is_seed(key)}
+    return {key: value for key, value in found.items() if not is_seed(key)}
+
+
+def is_seed(key: str) -> bool:
+    """Whether a dotted key is a seed: training.seed, method.noise_seed."""
+    name = key.rpartition(".")[2]
+    return name == "seed" or name.endswith("_seed")
 
 
 def read_samples(folder: Path, manifest: Mapping[str, Any], methods: Sequence[str], metrics: Sequence[str]) -> Pooled:

@@ -105,6 +105,13 @@ def test_held_out_queries_are_held_out_images_and_nothing_is_trained_on_them(eva
         assert any(torch.equal(picture, original) for original in originals)
 
 
+def test_a_method_that_needs_trajectories_refuses_held_out_queries(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, "score", f"run={run}", "method=journey_trak")
+    assert "journey_trak with query 4, a held-out image" in message and "queries.index" in message
+
+
 def test_more_held_out_queries_are_added_and_generated_ones_after_them_are_refused(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +217,7 @@ def test_runs_of_other_seeds_are_pooled_from_their_files_and_others_refused(
     made_with = ["data.limit=80", f"data.holdout={NUM_HELD_OUT}", *training]
     mucs("train", "experiment=digits", f"run={other}", "device=cpu", *made_with)
     mucs("sample", f"run={other}", "sampler.num_steps=2", "queries.num=4", "queries.held_out=3")
-    mucs("score", "-m", f"run={other}", "method=pixel,random")
+    mucs("score", "-m", f"run={other}", "method=pixel,random")  # a seed of its own, in the method as well
     settings = [*SMALL, "evaluation.seeds_per_subset=2"]
     pooled = [*settings, f"evaluation.runs=[{other}]", "evaluation.variants=[pixel,random]"]
     assert "other" in fails(capsys, "evaluate", f"run={run}", *pooled)
