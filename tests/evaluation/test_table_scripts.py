@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts" / "tables"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "tables"
 TINY = [
     "experiment=digits",
     "device=cpu",
