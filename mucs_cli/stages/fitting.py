@@ -107,12 +107,16 @@ def batch_ids(
     """
     shuffled = ids if in_batches_of is None else in_batches_of
     order = ShuffledOrder(len(shuffled), settings.seed, "order")
+    is_kept = None if in_batches_of is None else np.isin(shuffled, ids)
 
     def of_step(step: int) -> np.ndarray:
-        chosen = shuffled[order.batch(step, settings.batch_size).numpy()]
+        places = order.batch(step, settings.batch_size).numpy()
+        chosen = shuffled[places]
+        if is_kept is None:
+            return chosen
         source = generator(settings.seed, "replacement", step)
         replacement = ids[torch.randint(len(ids), (len(chosen),), generator=source).numpy()]
-        return np.where(np.isin(chosen, ids), chosen, replacement)
+        return np.where(is_kept[places], chosen, replacement)
 
     return of_step
 
