@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -459,9 +459,15 @@ class BlockFile:
         sync(self.path.parent)
         self.journal.unlink()
 
+    def discard(self) -> None:
+        """Removes what was written: it has been used."""
+        self.arrays.clear()
+        self.journal.unlink()
+        self.partial.unlink()
 
-def map_tensor(path: Path, name: str) -> np.memmap:
-    """A read-only memory map of one tensor of a safetensors file.
+
+def map_tensor(path: Path, name: str, writable: bool = False) -> np.memmap:
+    """A memory map of one tensor of a safetensors file, read-only unless it is to be ``writable``.
 
     Raises:
         UserError: the file is missing or truncated, or has no such tensor.
@@ -472,7 +478,8 @@ def map_tensor(path: Path, name: str) -> np.memmap:
             header = json.loads(file.read(length))
         entry = header[name]
         start = 8 + length + entry["data_offsets"][0]
-        return np.memmap(path, NUMPY_DTYPE[entry["dtype"]], "r", start, tuple(entry["shape"]))
+        mode: Literal["r", "r+"] = "r+" if writable else "r"
+        return np.memmap(path, NUMPY_DTYPE[entry["dtype"]], mode, start, tuple(entry["shape"]))
     except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise UserError(
             str(path), f"cannot be read ({error!r}); expected a safetensors file with {name!r}. Rerun its stage."

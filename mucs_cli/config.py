@@ -43,6 +43,11 @@ from mucs_cli.schemas import (
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+SCORE_MODES = {"faithful": "exact", "fast": "adaptive"}
+"""``speed`` -> ``score.mode``, where that is not typed."""
+OmegaConf.register_new_resolver("score_mode", lambda speed: SCORE_MODES.get(speed, "exact"), replace=True)
+
+
 @dataclass
 class RootConfig:
     run: str = option(MISSING, "the run's folder, for example outputs/digits", affects_result=False)
@@ -52,6 +57,12 @@ class RootConfig:
 class PipelineConfig(RootConfig):
     seed: int = option(0, "seed of everything that has no seed of its own")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), affects_result=False)
+    speed: str = option(
+        "faithful",
+        "faithful: scores as the paper's; fast: the same highest ones at a fraction of the cost (score.mode=adaptive)",
+        choices=tuple(SCORE_MODES),
+        affects_result=False,
+    )
     overwrite: bool = option(False, "redo a stage whose folder holds another result", affects_result=False)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -133,7 +144,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command("what a run holds, its sizes, and what can be cleaned", StatusConfig),
 }
 
-VARIANT_SECTIONS = ("method", "unlearning", "noise_bank")
+VARIANT_SECTIONS = ("method", "unlearning", "noise_bank", "score")
 """Sections whose values, where they differ from the run's own, name a variant."""
 
 NULL_LOSSES = ("auto", "closed_form", "monte_carlo", "none")

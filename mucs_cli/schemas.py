@@ -345,6 +345,20 @@ class MethodConfig:
 
 @dataclass
 class ScoreConfig:
+    mode: str = option(
+        II("score_mode:${speed}"),
+        "exact: every image under every draw; adaptive: a few draws for all, the whole bank for those that can still "
+        "be among the highest (mucs and forward_inf)",
+        choices=("exact", "adaptive"),
+    )
+    top_k: int | None = option(
+        None,
+        "mode=adaptive: how many highest scores are settled; null: two times 1 % of the images, at least 50",
+        minimum=1,
+    )
+    confidence: float = option(
+        0.99, "mode=adaptive: of the interval of each image's score; lower drops sooner", above=0, below=1
+    )
     batch_size: int | None = option(
         None,
         "training images a forward pass, a multiple of 16; null: measured once and stored in the run",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mucs_cli.attribution.skew import mean_over_draws, mean_skew
+from mucs_cli.attribution.skew import mean_over_draws, mean_skew, skew
 
 
 def ratio_of_means(base_loss: Tensor, unlearned_loss: Tensor, epsilon: float) -> Tensor:
@@ -35,6 +35,12 @@ REDUCERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "absolute_difference": absolute_difference,
 }
 """name -> (base_loss t [B, n], unlearned_loss u [B, n], epsilon) -> [B], float64, higher means more influential."""
+
+PER_DRAW: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "skew": skew,
+    "difference": lambda base_loss, unlearned_loss, epsilon: unlearned_loss.double() - base_loss.double(),
+}
+"""The reducers that are the mean over draws of a value of each draw: name -> (t, u, epsilon) -> values, float64."""
 
 
 def reduce(name: str, base_loss: Tensor, unlearned_loss: Tensor, epsilon: float = 1e-3) -> Tensor:

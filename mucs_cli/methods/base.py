@@ -25,6 +25,8 @@ class Method(ABC):
     summary: str
     schema: type[MethodConfig]
     sections: tuple[str, ...] = ("method",)
+    can_race: bool = False
+    """Whether its scorer is a ``LossComparison`` whose draws can be raced over: ``score.mode=adaptive``."""
 
     @abstractmethod
     def scorer(self, work: "Work") -> "Scorer":

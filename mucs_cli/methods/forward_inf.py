@@ -50,6 +50,7 @@ class ForwardINF(Method):
     summary = "plain ascent on the query, then compare losses: mean difference"
     schema = ForwardINFConfig
     sections = ("method", "noise_bank")
+    can_race = True
 
     def unlearning_sections(self, config: Any) -> tuple[str, ...]:
         return ("method",)

@@ -33,6 +33,7 @@ class MUCS(Method):
     summary = "unlearn the query, then compare losses: mean normalised skew"
     schema = MUCSConfig
     sections = ("method", "unlearning", "noise_bank")
+    can_race = True
 
     def unlearning_sections(self, config: Any) -> tuple[str, ...]:
         return ("unlearning", "noise_bank") if config.unlearning.schedule == "grid" else ("unlearning",)

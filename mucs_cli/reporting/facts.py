@@ -17,6 +17,7 @@ FRAME = (
     "versions",
     "queries",
     "results",
+    "races",
     "seconds",
 )
 """Manifest keys that have a table of their own, or say nothing to a reader."""

@@ -78,6 +78,12 @@ class Variant:
         return self.score[self.query_ids.index(query)]
 
     @property
+    def num_settled(self) -> int | None:
+        """How many of the highest scores are settled; None where all are, exactly."""
+        count: int | None = self.manifest.get("top_k")
+        return count
+
+    @property
     def null_loss(self) -> float | None:
         """The bound of its unlearning; None without unlearning or bound."""
         bound: float | None = self.unlearn.get("null_loss")
@@ -313,7 +319,7 @@ class RunResults:
             key: the configuration key that ``k`` came from, for the message.
 
         Raises:
-            UserError: no such query, or ``k`` is more than there is to rank.
+            UserError: no such query, or ``k`` is more than there is to rank, or more than the race over draws settled.
         """
         scores, copies = variant.scores_of(query), set(self.exact_copies[query])
         # a stable sort of columns that are first put in the order of their ids
@@ -325,6 +331,18 @@ class RunResults:
             left_out = ", exact copies of the query left out" if exclude_exact and copies else ""
             raise UserError(
                 key, f"got {k}; expected at most {len(order)}, the training images scored{left_out}. Choose fewer."
+            )
+        if variant.num_settled is not None and bottom:
+            raise UserError(
+                "bottom",
+                f"got true; score.mode=adaptive has not settled the lowest scores of {variant.name}. Leave it out.",
+            )
+        if variant.num_settled is not None and k + (len(copies) if exclude_exact else 0) > variant.num_settled:
+            among = ", exact copies of the query among them" if exclude_exact and copies else ""
+            raise UserError(
+                key,
+                f"got {k}; score.mode=adaptive has settled the {variant.num_settled} highest scores of {variant.name}"
+                f"{among}, no more. Choose fewer.",
             )
         ranks = range(len(order) - 1, len(order) - k - 1, -1) if bottom else range(k)
         return [self._ranked(variant, scores, copies, int(order[position]), position + 1) for position in ranks]

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from mucs_cli.config import (
     VARIANT_SECTIONS,
     PipelineConfig,
     result_config,
+    schema_of,
     validate,
 )
 from mucs_cli.errors import UserError
@@ -155,9 +156,19 @@ class Context:
         """The attribution method that the configuration names."""
         return METHODS[self.config.method.name]
 
+    @property
+    def races(self) -> bool:
+        """Whether scores are settled by racing over draws."""
+        return self.config.score.mode == "adaptive" and self.method.can_race
+
+    @property
+    def score_sections(self) -> tuple[str, ...]:
+        """The sections that decide the scores."""
+        return (*self.method.sections, "score") if self.races else self.method.sections
+
     def score_variant(self) -> str:
         """The folder of the scores: the method's name and each value that decides them and differs from the run's."""
-        return self._variant(self.method.sections)
+        return self._variant(self.score_sections)
 
     def unlearn_variant(self) -> str:
         """The folder of the unlearned models: ``mucs__forget_weight-0.5``; without the keys of scoring alone."""
@@ -238,6 +249,13 @@ def filled(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return {key: given.get(key, value) if value == "???" else value for key, value in values.items()}
 
 
+def own_values(section: str, plain: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
+    """A section for run.json: what changes no number as typed; the rest, which names a variant, as if nothing was."""
+    entries = fields(schema_of(section, composed, PipelineConfig))
+    changes_nothing = [entry.name for entry in entries if not entry.metadata.get("affects_result", True)]
+    return filled(plain, composed) | {key: composed[key] for key in changes_nothing}
+
+
 def without_index(values: dict[str, Any]) -> dict[str, Any]:
     """The values with ``queries.index`` as it is by default."""
     return values | {"queries": values["queries"] | {"index": None}} if "queries" in values else values
@@ -284,7 +302,9 @@ def base_values(command: str, composed: dict[str, Any], overrides: list[str], cw
         if "." not in override.key_or_group or override.key_or_group.split(".")[0] not in VARIANT_SECTIONS
     ]
     source = composed if len(kept) == len(parse(overrides)) else as_values(compose(command, kept), cwd)
-    values = composed | {section: filled(source[section], composed[section]) for section in VARIANT_SECTIONS}
+    values = composed | {
+        section: own_values(section, source[section], composed[section]) for section in VARIANT_SECTIONS
+    }
     return without_index({key: value for key, value in values.items() if key not in PER_COMMAND})
 
 

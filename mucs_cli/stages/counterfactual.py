@@ -107,6 +107,8 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         self.k = self.config.k or default_count(files.num_images)
         if self.k >= files.num_images:
             raise UserError("evaluation.k", f"got {self.k}; expected less than the {files.num_images} training images.")
+        for variant in self.variants:
+            variant.require_settled(self.k, "evaluation.k")
         for name, sets in ((name, sets) for of_seed in self.removals for name, sets in of_seed.items()):
             if any(len(ids) == files.num_images for ids in sets):
                 raise UserError(

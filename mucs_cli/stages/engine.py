@@ -2,14 +2,23 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, write_tensors
-from mucs_cli.attribution.scoring import GRANULE, Block, bank_losses, blocks_of, choose_block_size, independent_noise
+from mucs_cli.attribution.scoring import (
+    GRANULE,
+    Block,
+    bank_losses,
+    blocks_of,
+    choose_block_size,
+    independent_noise,
+    replaced_parameters,
+)
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log, smaller_batch
@@ -89,10 +98,50 @@ class Engine:
         self.evaluations += len(models) * len(block) * len(self.bank)
         return losses[:, : len(block)]
 
+    @torch.inference_mode()
+    def pair_losses(self, rows: NDArray[np.int64], draws: NDArray[np.int64], tensors: Mapping[str, Tensor]) -> Tensor:
+        """One model's losses on pairs of an image and a draw, in batches that are all as large as a block.
+
+        A pair's loss has the same bits whichever pairs it is computed with.
+
+        Args:
+            rows: training rows, [P]; equal ones side by side are loaded once.
+            draws: indices in the bank, [P].
+            tensors: those in which the model differs from the base model.
+        Returns:
+            [P], float32, on the CPU.
+        """
+        found, started = [], time.perf_counter()
+        with replaced_parameters(self.denoiser.network, tensors):
+            for start in range(0, len(rows), self.block_size):
+                pairs = np.arange(start, start + self.block_size).clip(max=len(rows) - 1)  # padded with the last pair
+                some, places = torch.unique_consecutive(torch.from_numpy(rows[pairs]), return_inverse=True)
+                image, condition = self.load(some)
+                places, draw = places.to(self.device), torch.from_numpy(draws[pairs]).to(self.device)
+                found.append(
+                    self.denoiser.loss(
+                        image[places],
+                        self.bank.noise[draw],
+                        self.bank.sigma[draw],
+                        None if condition is None else condition[places],
+                    ).cpu()
+                )
+        self.seconds += time.perf_counter() - started
+        self.evaluations += len(rows)
+        return torch.cat(found)[: len(rows)]
+
     def shrink(self, error: RuntimeError) -> None:
         """A smaller block after running out of memory; any other error is raised again."""
         self.block_size = smaller_batch(error, self.block_size, "score.batch_size", GRANULE)
         self._remember_block_size()
+
+    def refuse_image(self, row: int) -> NoReturn:
+        """Raises UserError: the base model's loss on a training row is not finite."""
+        example = int(self.data.training[row])
+        raise UserError(
+            f"example {example} ({self.data.file[example]})",
+            "got a base-model loss that is not finite. Check the image, or train the model longer.",
+        )
 
     def throughput(self) -> float | None:
         """Evaluations (an image under a draw, through one model) a second; None where nothing was computed."""
@@ -176,12 +225,7 @@ class ModelLosses(BlockWork):
         loss = self.engine.losses(block, [loaded], progress, [self.model_id])[0]
         finite = loss.isfinite().all(dim=1)
         if not finite.all() and self.model_id == BASE_MODEL:
-            data = self.engine.data
-            example = int(data.training[block.start + int((~finite).nonzero()[0])])
-            raise UserError(
-                f"example {example} ({data.file[example]})",
-                "got a base-model loss that is not finite. Check the image, or train the model longer.",
-            )
+            self.engine.refuse_image(block.start + int((~finite).nonzero()[0]))
         arrays["loss"][block.start : block.stop] = loss.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
@@ -215,11 +259,7 @@ def stored_losses(
     Returns:
         None where they are not there and nothing is to be computed.
     """
-    inputs = {"dataset": engine.data.fingerprint, "model": work.inputs.model.fingerprint, "noise_bank": bank_print}
-    if engine.flip:
-        inputs["images"] = "mirrored"
-    if not engine.noise_bank.consistent:
-        inputs["noise"] = f"of each image's own, seed {engine.noise_bank.seed}, model {model_id}"
+    inputs = loss_inputs(work, engine, bank_print, model_id)
     if model_id != BASE_MODEL:
         inputs["unlearned_model"] = unlearned_print
     where = "_base" if model_id == BASE_MODEL else "_losses"
@@ -227,3 +267,13 @@ def stored_losses(
     if load is None:
         return find_kept(path, "loss", inputs)
     return kept_tensor(path, "loss", inputs, ModelLosses(engine, load, model_id), {"draws": len(engine.bank)})
+
+
+def loss_inputs(work: Work, engine: Engine, bank_print: str, model_id: int) -> dict[str, str]:
+    """All that losses depend on, but for the unlearned model; arguments as in ``stored_losses``."""
+    inputs = {"dataset": engine.data.fingerprint, "model": work.inputs.model.fingerprint, "noise_bank": bank_print}
+    if engine.flip:
+        inputs["images"] = "mirrored"
+    if not engine.noise_bank.consistent:
+        inputs["noise"] = f"of each image's own, seed {engine.noise_bank.seed}, model {model_id}"
+    return inputs

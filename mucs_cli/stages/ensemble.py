@@ -32,7 +32,7 @@ class EnsembleScorer(WholeRowScorer):
         self.k = choose_k(self.config.k, work.num_images, "method.k")
         files = ScoreFiles(work.context.run, "method.members")
         ensembles = [name for name in files.names if files.method_of(name) == "ensemble"]
-        names = files.choose(self.config.members, but=ensembles)
+        names = files.choose_exact(self.config.members, but=ensembles)
         if len(names) < 2:
             raise UserError(
                 "method.members",

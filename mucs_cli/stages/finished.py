@@ -13,6 +13,7 @@ from torch import Tensor
 from mucs_cli.artifacts import command_hint, fingerprint, map_tensor, require_manifest, sha256_file
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.reporting.results import variant_order
+from mucs_cli.runtime import log
 
 SCORES = "scores.safetensors"
 
@@ -64,6 +65,16 @@ class FinishedScores:
         """id -> fingerprint of each query's scores."""
         return {query: fingerprint(self.row(query)) for query in queries}
 
+    def require_settled(self, k: int, key: str) -> None:
+        """Raises UserError, naming ``key``, where the ``k`` highest scores of a query are not all settled."""
+        settled = self.manifest.get("top_k")
+        if settled is not None and k > settled:
+            raise UserError(
+                key,
+                f"got {k}; score.mode=adaptive has settled the {settled} highest scores of {self.name} only. Choose "
+                "fewer, or score again with a larger score.top_k.",
+            )
+
     def require(self, queries: Sequence[int], key: str) -> None:
         """Raises UserError, naming ``key``, where a query has no scores."""
         missing = [query for query in queries if query not in self.place]
@@ -102,6 +113,24 @@ class ScoreFiles:
         """The method that a variant's scores come from."""
         method: str = require_manifest(self.run / "score" / name, "score")["config"]["method"]["name"]
         return method
+
+    def choose_exact(self, asked: Sequence[str] | None, but: Iterable[str] = ()) -> list[str]:
+        """As ``choose``, of those whose scores all rest on the same draws.
+
+        Raises:
+            UserError: one that is asked for was scored with ``score.mode=adaptive``, or as in ``choose``.
+        """
+        mixed = [name for name in self.names if "top_k" in require_manifest(self.run / "score" / name, "score")]
+        for name in mixed:
+            if name in (asked or ()):
+                raise UserError(
+                    self.key,
+                    f"got {name}, whose scores rest on different numbers of draws (score.mode=adaptive); expected "
+                    "exact ones. Score with score.mode=exact, or leave it out.",
+                )
+            if asked is None and name not in but:
+                log.warning("%s is left out: its scores rest on different numbers of draws (score.mode=adaptive)", name)
+        return self.choose(asked, [*but, *mixed])
 
     def choose(self, asked: Sequence[str] | None, but: Iterable[str] = ()) -> list[str]:
         """The variants that are asked for; all finished ones, ``but`` for some, where none are.

@@ -98,7 +98,7 @@ class LdsEvaluator(RetrainingEvaluator):
         self.config = context.config.evaluation
         self.queries = load_queries(context, self.base.model)
         files = ScoreFiles(context.run, "evaluation.variants")
-        names = files.choose(self.config.variants)
+        names = files.choose_exact(self.config.variants)
         if not names and not self.only_trains:
             raise UserError(
                 "evaluation.variants", f"got none; no scores have finished. Run mucs score run={context.run} first."

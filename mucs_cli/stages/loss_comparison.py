@@ -1,7 +1,7 @@
 """Scores of methods that unlearn: every training image's losses under the unlearned and the base model, reduced."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -46,10 +46,13 @@ class LossComparison(Scorer):
             "unlearned_models": self.unlearned.fingerprints(work.queries.selected),
         }
 
-    def prepare(self) -> None:
+    def prepare_engines(self) -> None:
         self.engines = [
             Engine(self.work.context, self.work.inputs, self.bank, self.noise_bank, flip) for flip in self.flips
         ]
+
+    def prepare(self) -> None:
+        self.prepare_engines()
         self.base = [base_losses(self.work, engine, self.inputs["noise_bank"]) for engine in self.engines]
         self.kept = {query: kept for query in self.work.queries.selected if (kept := self._kept_losses(query))}
 
@@ -97,13 +100,16 @@ class LossComparison(Scorer):
         scores = torch.stack(found).amax(dim=0)
         finite = scores.isfinite().all(dim=1)
         if not finite.all():
-            query = queries[int((~finite).nonzero()[0])]
-            raise UserError(
-                f"query {query}",
-                "got scores that are not finite: its unlearned model has diverged. "
-                "Lower the learning rate and rerun mucs unlearn.",
-            )
+            self.refuse_query(queries[int((~finite).nonzero()[0])])
         return scores
+
+    def refuse_query(self, query: int) -> NoReturn:
+        """Raises UserError: a query's losses or scores are not finite."""
+        raise UserError(
+            f"query {query}",
+            "got scores that are not finite: its unlearned model has diverged. "
+            "Lower the learning rate and rerun mucs unlearn.",
+        )
 
     def shrink(self, error: RuntimeError) -> None:
         for engine in self.engines:

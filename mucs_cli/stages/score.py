@@ -12,11 +12,14 @@ from torch import Tensor
 from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
+from mucs_cli.errors import UserError
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.loss_comparison import LossComparison
+from mucs_cli.stages.races import Races
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.work import Work
 
@@ -38,36 +41,52 @@ def run(context: Context) -> None:
     stage = context.stage(
         folder,
         "score",
-        sections=context.method.sections,
+        sections=context.score_sections,
         inputs={"dataset": data.fingerprint, "model": work.inputs.model.fingerprint, **scorer.inputs},
         queries=work.queries.wanted,
     )
+    races = Races(work, scorer, stage) if context.races and isinstance(scorer, LossComparison) else None
+    if races is not None and group_k > races.k:
+        raise UserError(
+            "score.group_k",
+            f"got {group_k}; score.mode=adaptive settles the {races.k} highest scores only. Raise score.top_k.",
+        )
     if stage.is_done():
         log.info("score: up to date (%s)", folder)
     else:
         stage.begin()
         with log_file(folder / "log.txt"):
-            compute(stage, work, scorer)
+            compute(stage, work, scorer, races)
     found = read_tensors(folder / SCORES)
     write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
 
 
-def compute(stage: Stage, work: Work, scorer: Scorer) -> None:
-    """Fills the stage's folder."""
-    scorer.prepare()
-    scores = Scores(work, scorer, finished_scores(stage))
-    fill_file(stage.folder / SCORES, fingerprint(stage.identity, scores.query_ids), scores)
-    write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels)
-    others = scorer.write_files(stage.folder, scores.query_ids)
+def compute(stage: Stage, work: Work, scorer: Scorer, races: Races | None) -> None:
+    """Fills the stage's folder, with scores that are settled by races where there are some."""
+    finished = finished_scores(stage)
+    new = [query for query in work.queries.selected if query not in finished]
+    query_ids = sorted({*new, *finished})
+    if races is not None:
+        races.prepare()
+        facts = races.write(stage.folder / SCORES, new, finished)
+        top = races.k
+    else:
+        scorer.prepare()
+        scores = Scores(work, scorer, new, {query: tensors["score"] for query, tensors in finished.items()})
+        fill_file(stage.folder / SCORES, fingerprint(stage.identity, query_ids), scores)
+        facts, top = {}, TOP_ROWS
+    write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels, min(TOP_ROWS, top))
+    others = scorer.write_files(stage.folder, query_ids)
     stage.finish(
         {
             "device": str(work.inputs.device),
             **scorer.facts(),
-            "counts": {"queries": len(scores.query_ids), "training_images": work.num_images},
+            **facts,
+            "counts": {"queries": len(query_ids), "training_images": work.num_images},
         },
         [stage.folder / SCORES, stage.folder / "top.csv", *others],
     )
-    log.info("score: %d queries x %d training images in %s", len(scores.new), work.num_images, stage.folder)
+    log.info("score: %d queries x %d training images in %s", len(new), work.num_images, stage.folder)
 
 
 def warn_of_unused_keys(context: Context) -> None:
@@ -76,14 +95,19 @@ def warn_of_unused_keys(context: Context) -> None:
         section = key.partition(".")[0]
         if section in ("unlearning", "noise_bank") and section not in context.method.sections:
             log.warning("%s has no effect with method=%s", key, context.method.name)
+    if context.config.score.mode == "adaptive" and not context.races:
+        log.warning("score.mode=adaptive has no effect with method=%s, whose scores are exact", context.method.name)
 
 
-def finished_scores(stage: Stage) -> dict[int, Tensor]:
-    """query -> its scores [N], of a finished stage that lacks some queries; empty without one."""
+def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
+    """query -> its row [N] of each tensor, of a finished stage that lacks some queries; empty without one."""
     if not stage.previous:
         return {}
     tensors = read_tensors(stage.folder / SCORES, stage.previous["outputs"][SCORES]["sha256"])
-    return dict(zip(tensors["query_id"].tolist(), tensors["score"], strict=True))
+    names = [name for name in ("score", "draws") if name in tensors]
+    return {
+        query: {name: tensors[name][row] for name in names} for row, query in enumerate(tensors["query_id"].tolist())
+    }
 
 
 class Scores(BlockWork):
@@ -92,18 +116,18 @@ class Scores(BlockWork):
     Args:
         work: what to score.
         scorer: the method's, prepared.
-        finished: scores that are there already.
+        new: the queries to score.
+        finished: scores of others that are there already.
     """
 
     title = "score"
 
-    def __init__(self, work: Work, scorer: Scorer, finished: Mapping[int, Tensor]):
+    def __init__(self, work: Work, scorer: Scorer, new: Sequence[int], finished: Mapping[int, Tensor]):
         self.work, self.scorer, self.finished = work, scorer, finished
         self.unit = scorer.unit
-        self.new = [query for query in work.queries.selected if query not in finished]
-        self.query_ids = sorted({*work.queries.selected, *finished})
+        self.query_ids = sorted({*new, *finished})
         self.row = {query: row for row, query in enumerate(self.query_ids)}
-        self.passes = scorer.passes(self.new)
+        self.passes = scorer.passes(new)
         self.tensors = {
             "score": ("float32", (len(self.query_ids), work.num_images)),
             "query_id": ("int64", (len(self.query_ids),)),
@@ -134,13 +158,13 @@ class Scores(BlockWork):
         self.scorer.shrink(error)
 
 
-def write_top(path: Path, scores: Mapping[str, Tensor], data: ImageDataset) -> None:
-    """``query,rank,example_id,file,score`` and the metadata columns, for the highest scores; ties by example_id."""
+def write_top(path: Path, scores: Mapping[str, Tensor], data: ImageDataset, count: int) -> None:
+    """``query,rank,example_id,file,score`` and the metadata columns, of the highest scores; ties by example_id."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["query", "rank", "example_id", "file", "score", *data.metadata])
     for query, row in zip(scores["query_id"].tolist(), scores["score"].numpy(), strict=True):
-        for rank, position in enumerate(np.argsort(-row, kind="stable")[:TOP_ROWS], start=1):
+        for rank, position in enumerate(np.argsort(-row, kind="stable")[:count], start=1):
             example = int(data.training[position])
             metadata = [column[example] for column in data.metadata.values()]
             rows.writerow([query, rank, example, data.file[example], f"{row[position]:.9g}", *metadata])

@@ -69,9 +69,10 @@ def facts(results: RunResults, variant: Variant) -> dict[str, object]:
 
 
 def print_top(run: Path, name: str, k: int) -> None:
-    """The top ``k`` training images of every query of one variant, as ``mucs run`` prints them at its end."""
+    """The top ``k`` training images (or those settled) of every query of a variant, as ``mucs run`` prints them."""
     results = RunResults(run)
     variant = results.variant(name)
+    k = min(k, variant.num_settled or k)
     rankings = {query: results.ranking(variant, query, k) for query in variant.query_ids}
     terminal.print_summary(rankings, heading(variant, k, bottom=False) + ": example_id (label) score", sys.stdout)
 

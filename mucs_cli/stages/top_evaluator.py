@@ -39,6 +39,7 @@ class TopEvaluator(Evaluator):
         self.chosen = None if index is None else chosen_queries(index, len(files.queries))
         for variant in self.variants:
             variant.require(self.chosen or (), "evaluation.variants")
+            variant.require_settled(self.k, "evaluation.k")
         self.inputs = {
             "dataset": files.dataset,
             "model": files.model,

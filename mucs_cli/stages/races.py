@@ -1,0 +1,298 @@
+"""``score.mode=adaptive``: every query's highest scores are settled by a race over draws, image by image.
+
+All images get a few draws of the bank; those whose score can no longer be among the ``score.top_k`` highest are dropped
+(``racing.py``), the others get twice as many, until the survivors have the whole bank. What was dropped is checked on a
+sample that gets the whole bank as well; where it shows that too much is lost, all images get it.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mucs_cli.artifacts import BlockFile, Stage, fingerprint, read_tensors, write_tensors
+from mucs_cli.attribution.racing import margins, race_rounds
+from mucs_cli.attribution.reducers import PER_DRAW
+from mucs_cli.attribution.skew import mean_over_draws
+from mucs_cli.errors import UserError
+from mucs_cli.reporting.groups import choose_k
+from mucs_cli.rng import generator
+from mucs_cli.runtime import Progress, log
+from mucs_cli.stages.engine import BASE_MODEL, stored_losses
+from mucs_cli.stages.growing_losses import GrowingLosses
+from mucs_cli.stages.loss_comparison import LossComparison
+from mucs_cli.stages.work import Work
+
+MIN_TOP_K = 50
+"""Highest scores that are settled by default in small data sets: more than reports show."""
+AUDIT = 16
+"""Dropped images of which a batch gets the whole bank, to check what was dropped."""
+UNIT_BATCHES = 16
+"""Batches that are computed between two entries in the journal, at most."""
+STEP = 1 << 32
+"""Journal entries of one round, at most."""
+
+Rows = NDArray[np.int64]
+
+
+class Races:
+    """The races of a score command.
+
+    Args:
+        work: what to score.
+        comparison: the method's scorer, whose models are compared.
+        stage: whose folder holds what is finished of an interrupted attempt, below ``races/``.
+    Raises:
+        UserError: ``score.top_k`` is more than there are images, or the scores cannot race.
+    """
+
+    def __init__(self, work: Work, comparison: LossComparison, stage: Stage):
+        self.work, self.comparison, self.stage = work, comparison, stage
+        self.k = top_k(work.config.score.top_k, work.num_images)
+        self.confidence: float = work.config.score.confidence
+        if comparison.reducer not in PER_DRAW:
+            raise UserError(
+                "score.mode",
+                f"got adaptive with method.reducer={comparison.reducer}, which is no mean over draws; expected "
+                f"{' or '.join(PER_DRAW)}. Use score.mode=exact.",
+            )
+        if not comparison.noise_bank.consistent:
+            raise UserError(
+                "score.mode",
+                "got adaptive with noise_bank.consistent=false, where images share no draws. Use score.mode=exact.",
+            )
+
+    def prepare(self) -> None:
+        self.comparison.prepare_engines()
+        self.engine = self.comparison.engines[0]
+        self._open_base()
+
+    def _open_base(self) -> None:
+        """Where an exact command has left the base model's losses, those; else what is there is added to."""
+        bank_print = self.comparison.inputs["noise_bank"]
+        whole = stored_losses(self.work, self.engine, bank_print, BASE_MODEL, "", None)
+        self._growing: GrowingLosses | None = None
+        if whole is None:
+            self._growing = GrowingLosses(self.work, self.engine, bank_print)
+        self.base: NDArray[np.float32] = self._growing.loss if self._growing is not None else np.asarray(whole)
+
+    def require_base_losses(self, rows: Rows, draws: Rows) -> None:
+        """Computes what ``base`` lacks of the base model's losses of pairs of a training row and a draw."""
+        if self._growing is not None:
+            self._growing.require(rows, draws)
+
+    def write(self, path: Path, queries: Sequence[int], finished: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Writes the score file: ``score``, ``draws``, ``query_id`` and ``example_id``.
+
+        Args:
+            path: the file.
+            queries: to race.
+            finished: rows of other queries that are there already.
+        Returns:
+            What the manifest is to record.
+        """
+        found = self.rows(queries) | dict(finished)
+        ids = sorted(found)
+        rows = {name: torch.stack([found[query][name] for query in ids]) for name in ("score", "draws")}
+        example_ids = torch.from_numpy(np.array(self.work.inputs.data.training, np.int64))
+        write_tensors(path, {**rows, "query_id": torch.tensor(ids), "example_id": example_ids})
+        shutil.rmtree(path.parent / "races", ignore_errors=True)
+        facts = self.stage.previous.get("races", {}) | self.stage.progress
+        return {"top_k": self.k, "races": {str(query): facts[str(query)] for query in ids}}
+
+    def rows(self, queries: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """query -> ``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on."""
+        found = {}
+        done = [query for query in queries if self._path(query).exists() and str(query) in self.stage.progress]
+        with Progress("score", len(queries), "queries", len(done)) as progress:
+            for query in queries:
+                if query not in done:
+                    facts = self._run(query, progress)
+                    self.stage.save_progress(self.stage.progress | {str(query): facts})
+                    progress.advance(note=describe(facts))
+                    log.info("score: query %d, %s", query, describe(facts))
+                found[query] = read_tensors(self._path(query))
+        return found
+
+    def _path(self, query: int) -> Path:
+        return self.stage.folder / "races" / f"query_{query:04d}.safetensors"
+
+    def _run(self, query: int, progress: Progress) -> dict[str, Any]:
+        tensors = self.comparison.unlearned.tensors(query, self.work.inputs.device)
+        while True:
+            path = self._path(query).with_suffix(".losses")
+            identity = fingerprint(self.stage.identity, query, self.engine.block_size)
+            shape = (self.work.num_images, len(self.engine.bank))
+            race = Race(self, query, tensors, BlockFile(path, {"loss": ("float32", shape)}, identity), progress)
+            try:
+                race.run()
+            except RuntimeError as error:
+                self.engine.shrink(error)
+                continue
+            write_tensors(self._path(query), {"score": race.scores(), "draws": torch.from_numpy(race.draws)})
+            race.file.discard()
+            return race.facts()
+
+
+class Race:
+    """One query's.
+
+    Args:
+        races: its surroundings.
+        query: the query.
+        tensors: those in which its unlearned model differs from the base model.
+        file: takes that model's losses.
+        progress: is told how far it is.
+    Attributes:
+        draws: int32 [N]; how many draws of the bank, the first ones, each image has.
+    """
+
+    def __init__(self, races: Races, query: int, tensors: Mapping[str, Tensor], file: BlockFile, progress: Progress):
+        self.races, self.query, self.tensors, self.file, self.progress = races, query, tensors, file, progress
+        self.num_images, self.num_draws = races.work.num_images, len(races.engine.bank)
+        self.loss = file.arrays["loss"]
+        self.draws = np.zeros(self.num_images, np.int32)
+        self.alive: list[int] = []
+        self.audited = np.zeros(0, np.int64)
+        self.recall = 1.0
+        self._step = 0
+
+    def run(self) -> None:
+        everything = np.arange(self.num_images)
+        alive, margin = everything, np.full(self.num_images, np.inf)
+        for num_draws in race_rounds(self.num_draws):
+            self.alive.append(len(alive))
+            self.extend(alive, num_draws)
+            if num_draws < self.num_draws and len(alive) > self.races.k:
+                values = self.values(alive, num_draws)
+                margin[alive] = margins(values, self.num_draws, self.races.k, self.races.confidence)
+                alive = alive[margin[alive] >= 0]
+        dropped = everything[margin < 0]
+        self.audit(dropped[np.argsort(-margin[dropped], kind="stable")])
+        if self.recall < self.races.confidence:
+            log.warning(
+                "query %d: about %.3f of its %d highest scores are found; going on with the whole bank for every image",
+                self.query,
+                self.recall,
+                self.races.k,
+            )
+            self.extend(everything, self.num_draws)
+
+    def audit(self, dropped: Rows) -> None:
+        """Gives some of the dropped images the whole bank.
+
+        Those that came closest, a batch at a time until a batch holds none of the highest, and a random sample of the
+        rest, which says how many of the highest are lost there.
+
+        Args:
+            dropped: the closest first.
+        """
+        position = 0
+        while position < len(dropped):
+            batch = dropped[position : position + AUDIT]
+            position += len(batch)
+            if not self._highest_among(batch):
+                break
+        rest = dropped[position:]
+        order = torch.randperm(
+            len(rest), generator=generator(self.races.comparison.noise_bank.seed, "audit", self.query)
+        )
+        sample = rest[order[:AUDIT].numpy()]
+        if len(sample):
+            lost = self._highest_among(sample) * (len(rest) / len(sample) - 1)  # those found are lost no more
+            self.recall = max(0.0, 1 - lost / self.races.k)
+
+    def _highest_among(self, rows: Rows) -> int:
+        """How many of some dropped images are among the k highest once they have the whole bank."""
+        self.extend(rows, self.num_draws)
+        self.audited = np.concatenate([self.audited, rows])
+        complete, score = self.complete()
+        return int(np.isin(complete[np.argsort(-score, kind="stable")[: self.races.k]], rows).sum())
+
+    def extend(self, rows: Rows, num_draws: int) -> None:
+        """Brings images to the bank's first ``num_draws`` draws; what an interrupted attempt has computed is used."""
+        rows = rows[self.draws[rows] < num_draws]
+        if not len(rows):
+            return
+        first = int(self.draws[rows].min())
+        some = max(1, UNIT_BATCHES * self.races.engine.block_size // (num_draws - first))
+        for unit, start in enumerate(range(0, len(rows), some)):
+            part = rows[start : start + some]
+            counts = num_draws - self.draws[part]
+            row = np.repeat(part, counts)
+            draw = num_draws - np.concatenate([np.arange(count, 0, -1) for count in counts])
+            self.races.require_base_losses(row, draw)
+            number = self._step * STEP + unit
+            if number not in self.file.done:
+                loss = self.races.engine.pair_losses(row, draw, self.tensors).numpy()
+                if not np.isfinite(loss).all():
+                    self.races.comparison.refuse_query(self.query)
+                self.loss[row, draw] = loss
+                self.file.commit(number)
+            self.progress.advance(0, f"query {self.query}, draw {num_draws} of {self.num_draws}, {len(rows)} images")
+        self.draws[rows] = num_draws
+        self._step += 1
+
+    def values(self, rows: Rows, num_draws: int) -> NDArray[np.float64]:
+        """Of images that have them, the values whose mean is the score; [len(rows), num_draws]."""
+        base, loss = (torch.from_numpy(np.array(losses[rows, :num_draws])) for losses in (self.races.base, self.loss))
+        comparison = self.races.comparison
+        found: NDArray[np.float64] = PER_DRAW[comparison.reducer](base, loss, comparison.epsilon).numpy()
+        return found
+
+    def complete(self) -> tuple[Rows, NDArray[np.float32]]:
+        """The images that have the whole bank, and their scores."""
+        rows = np.flatnonzero(self.draws == self.num_draws)
+        return rows, mean_over_draws(torch.from_numpy(self.values(rows, self.num_draws))).float().numpy()
+
+    def scores(self) -> Tensor:
+        """[N], float32: of images with the whole bank as exact mode's; of the others estimates, below the k-th place.
+
+        An estimate is the mean over the draws that the image has, plus how far such a mean falls short of the score in
+        the audited images, on average.
+        """
+        score = np.empty(self.num_images, np.float32)
+        rows, whole = self.complete()
+        score[rows] = whole
+        for num_draws in np.unique(self.draws[self.draws < self.num_draws]):
+            some = np.flatnonzero(self.draws == num_draws)
+            audited = self.values(self.audited, self.num_draws)
+            shift = audited.mean() - audited[:, :num_draws].mean()
+            score[some] = self.values(some, int(num_draws)).mean(axis=1) + shift
+        place = np.partition(whole, -self.races.k)[-self.races.k]
+        unsettled = self.draws < self.num_draws
+        score[unsettled] = np.minimum(score[unsettled], np.nextafter(place, np.float32(-np.inf)))
+        return torch.from_numpy(score)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest is to record of the query."""
+        return {
+            "alive": self.alive,
+            "num_audited": len(self.audited),
+            "estimated_recall": round(self.recall, 4),
+            "is_exact": bool((self.draws == self.num_draws).all()),
+            "evaluations": int(self.draws.sum(dtype=np.int64)),
+        }
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    if facts["is_exact"]:
+        return "every image has the whole bank"
+    alive = ", ".join(f"{count:,}" for count in facts["alive"])
+    return f"images in the race {alive}; {facts['num_audited']} dropped ones audited"
+
+
+def top_k(asked: int | None, num_images: int) -> int:
+    """How many highest scores are settled; by default two times 1 % of the images, at least 50, at most all.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    if asked is None:
+        return min(max(MIN_TOP_K, 2 * round(num_images / 100)), num_images)
+    return choose_k(asked, num_images, "score.top_k")

@@ -1,0 +1,87 @@
+"""Runs that benchmarks score: digits, and colour squares of scikit-learn's two photographs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy.stats import spearmanr
+from sklearn.datasets import load_sample_images
+
+STRIDE = 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a command in a process of its own: wall-clock seconds, and the most memory that it held."""
+
+    seconds: float
+    peak_mib: float
+
+
+def mucs(*arguments: str) -> Cost:
+    started = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", "mucs_cli", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"failed: mucs {' '.join(arguments)}")
+    return Cost(time.perf_counter() - started, usage.ru_maxrss / 1024)
+
+
+def make_run(kind: str, run: Path, num_queries: int) -> None:
+    """A trained base model and sampled queries; what is there already is not made again.
+
+    Args:
+        kind: ``digits`` (1,797 grey images of 8x8) or ``photos`` (2,080 colour images of 16x16).
+        run: the run's folder.
+        num_queries: generated images.
+    """
+    arguments = ["device=cpu", "data.holdout=0", f"queries.num={num_queries}", "stages=[train,sample]", f"run={run}"]
+    if kind == "digits":
+        mucs("run", "experiment=digits", *arguments)
+        return
+    pictures = run.parent / "photos"
+    if not pictures.exists():
+        cut_photographs(pictures)
+    data = ["data=image_folder", f"data.path={pictures}", "data.labels=folder", "diffusion=edm_auto"]
+    model = ["model=dit", "model.size=tiny", "model.conditional=true"]
+    training = ["training.num_steps=1500", "training.batch_size=64", "training.learning_rate=2e-3"]
+    mucs("run", *data, *model, *training, "training.warmup_steps=100", "training.ema_decay=0.995", *arguments)
+
+
+def cut_photographs(folder: Path) -> None:
+    """Every square of 16x16 pixels of both photographs, in a folder a photograph."""
+    for number, picture in enumerate(load_sample_images().images):
+        (folder / str(number)).mkdir(parents=True)
+        for top in range(0, picture.shape[0] - STRIDE + 1, STRIDE):
+            for left in range(0, picture.shape[1] - STRIDE + 1, STRIDE):
+                square = Image.fromarray(picture[top : top + STRIDE, left : left + STRIDE])
+                square.save(folder / str(number) / f"{top:03d}_{left:03d}.png")
+
+
+def scores_of(run: Path, variant: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a score file, and its manifest."""
+    folder = run / "score" / variant
+    return load_file(folder / "scores.safetensors"), json.loads((folder / "manifest.json").read_text())
+
+
+def agreement(exact: np.ndarray, other: np.ndarray, k: int) -> tuple[list[float], list[float]]:
+    """For every query, the share of the exact k highest that the other k highest hold, and Spearman's correlation.
+
+    Args:
+        exact, other: scores, [Q, N].
+    """
+    recall, correlation = [], []
+    for ours, theirs in zip(exact, other, strict=True):
+        top = {name: set(np.argsort(-row, kind="stable")[:k].tolist()) for name, row in (("a", ours), ("b", theirs))}
+        recall.append(len(top["a"] & top["b"]) / k)
+        correlation.append(float(spearmanr(ours, theirs).statistic))
+    return recall, correlation

@@ -1,0 +1,278 @@
+"""score.mode=adaptive: the survivors' scores are exact mode's, and everything that reads scores knows what they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import fails, mucs
+from safetensors.numpy import load_file
+from unlearning_runs import attribute, make_run, manifest_of
+
+from mucs_cli.cli import main
+from mucs_cli.stages import races
+from mucs_cli.stages.engine import Engine
+
+K, NUM_DRAWS = 3, 30
+UNLEARN = ["unlearning.num_steps=12", "unlearning.learning_rate=1e-3"]
+KEYS = [*UNLEARN, f"noise_bank.num_draws={NUM_DRAWS}", "score.batch_size=16"]
+RACE = ["score.mode=adaptive", f"score.top_k={K}", "score.confidence=0.9", "score.group_k=3"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one exact variant."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "digits")
+    attribute(run, *KEYS)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Without the exact scores."""
+    folder = Path(shutil.copytree(finished, tmp_path / "digits"))
+    shutil.rmtree(folder / "score")
+    return folder
+
+
+@pytest.fixture
+def few_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 40 images, batches of 16 would leave nothing dropped."""
+    monkeypatch.setattr(races, "AUDIT", 2)
+
+
+def exact_of(finished: Path) -> np.ndarray:
+    (folder,) = (path for path in (finished / "score").glob("mucs*"))
+    scores: np.ndarray = load_file(folder / "scores.safetensors")["score"]
+    return scores
+
+
+def top(scores: np.ndarray, k: int = K) -> list[int]:
+    return np.argsort(-scores, kind="stable")[:k].tolist()
+
+
+@pytest.mark.usefixtures("few_audited")
+@pytest.mark.parametrize("method", [[], ["method.reducer=difference"]])
+def test_survivors_have_the_exact_scores_and_the_others_stay_below(
+    run: Path, finished: Path, method: list[str]
+) -> None:
+    exact = exact_of(finished) if not method else exact_of_fresh(run, *method)
+    found = load_file(attribute(run, *KEYS, *method, *RACE) / "scores.safetensors")
+    assert found["draws"].dtype == np.int32
+    for scores, ours, draws in zip(exact, found["score"], found["draws"], strict=True):
+        whole = draws == NUM_DRAWS
+        assert K <= whole.sum() < len(draws)
+        assert set(draws.tolist()) <= {4, 8, 16, NUM_DRAWS}
+        np.testing.assert_allclose(ours[whole], scores[whole], rtol=1e-4, atol=1e-6)
+        assert top(ours) == top(np.where(whole, scores, -np.inf))
+        assert (ours[~whole] < np.sort(ours[whole])[-K]).all()
+        assert np.corrcoef(ours, scores)[0, 1] > 0.8  # estimates, not fillers
+
+
+def exact_of_fresh(run: Path, *keys: str) -> np.ndarray:
+    scores: np.ndarray = load_file(attribute(run, *KEYS, *keys) / "scores.safetensors")["score"]
+    shutil.rmtree(run / "score")
+    return scores
+
+
+def test_forward_inf_races_as_well(run: Path) -> None:
+    keys = ["method=forward_inf", "method.num_steps=2", "noise_bank.num_draws=8", "score.batch_size=16"]
+    exact = load_file(attribute(run, *keys) / "scores.safetensors")["score"]
+    found = load_file(attribute(run, *keys, *RACE) / "scores.safetensors")
+    whole = found["draws"] == 8
+    np.testing.assert_allclose(found["score"][whole], exact[whole], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("few_audited")
+def test_base_losses_are_computed_once_for_all_queries_and_what_exact_mode_left_is_used(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[tuple[int, int]] = []
+    whole = Engine.pair_losses
+
+    def counted(self: Engine, rows: np.ndarray, draws: np.ndarray, tensors: object) -> object:
+        if not tensors:
+            computed.extend(zip(rows.tolist(), draws.tolist(), strict=True))
+        return whole(self, rows, draws, tensors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "pair_losses", counted)
+    found = load_file(attribute(run, *KEYS, *RACE) / "scores.safetensors")
+    assert len(computed) == len(set(computed)) == found["draws"].max(axis=0).sum()
+    attribute(run, *KEYS)
+    computed.clear()
+    shutil.rmtree(run / "score" / "_growing")
+    attribute(run, *KEYS, *RACE, "score.top_k=2", "score.group_k=2")
+    assert computed == []
+
+
+@pytest.mark.usefixtures("few_audited")
+@pytest.mark.parametrize("calls", [1, 4, 7])
+def test_an_interrupted_race_goes_on_to_the_same_bits(
+    run: Path, tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = Path(shutil.copytree(run, tmp_path / "twin"))
+    straight = attribute(twin, *KEYS, *RACE)
+    whole, count = Engine.pair_losses, 0
+
+    def dies(self: Engine, *arguments: object) -> object:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "pair_losses", dies)
+        assert main(["run", f"run={run}", "stages=[unlearn,score]", *KEYS, *RACE]) == 130
+    mucs("run", f"run={run}", "stages=[unlearn,score]", *KEYS, *RACE)
+    resumed = run / "score" / straight.name
+    assert (resumed / "scores.safetensors").read_bytes() == (straight / "scores.safetensors").read_bytes()
+    assert manifest_of(resumed)["races"] == manifest_of(straight)["races"]
+    assert not list(run.rglob("*.partial"))
+    assert not (resumed / "races").exists()
+
+
+@pytest.mark.usefixtures("few_audited")
+def test_where_the_audit_finds_that_too_much_is_lost_every_image_gets_the_whole_bank(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = iter(exact_of(finished))
+
+    def wrong(values: np.ndarray, num_draws: int, k: int, confidence: float) -> np.ndarray:
+        """Keeps images from the middle of a query's ranking, and says that the highest were furthest from staying."""
+        place = next(exact).argsort().argsort()  # called once a query: k are left
+        return np.where((place >= 20) & (place < 20 + k), 1.0, -1.0 - place)
+
+    monkeypatch.setattr(races, "margins", wrong)
+    monkeypatch.setattr(races, "AUDIT", 12)
+    folder = attribute(run, *KEYS, *RACE)
+    found = load_file(folder / "scores.safetensors")
+    fell_back = [race["is_exact"] for race in manifest_of(folder)["races"].values()]
+    assert any(fell_back)
+    assert "going on with the whole bank for every image" in capsys.readouterr().err
+    for query, is_exact in enumerate(fell_back):
+        if is_exact:
+            assert (found["draws"][query] == NUM_DRAWS).all()
+            np.testing.assert_allclose(found["score"][query], exact_of(finished)[query], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("few_audited")
+def test_a_query_that_is_added_keeps_the_rows_of_the_others(run: Path) -> None:
+    first = attribute(run, *KEYS, *RACE, "queries.index=0")
+    before, facts = load_file(first / "scores.safetensors"), manifest_of(first)["races"]
+    mucs("run", f"run={run}", "stages=[unlearn,score]", *KEYS, *RACE)
+    after = load_file(first / "scores.safetensors")
+    assert after["query_id"].tolist() == [0, 1]
+    np.testing.assert_array_equal(after["score"][0], before["score"][0])
+    np.testing.assert_array_equal(after["draws"][0], before["draws"][0])
+    assert manifest_of(first)["races"]["0"] == facts["0"]
+
+
+@pytest.mark.usefixtures("few_audited")
+def test_a_damaged_row_of_the_base_losses_is_computed_again(run: Path) -> None:
+    straight = attribute(run, *KEYS, *RACE)
+    scores = (straight / "scores.safetensors").read_bytes()
+    (path,) = (run / "score" / "_growing").rglob("losses.safetensors")
+    shutil.rmtree(straight)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    first = start + header["loss"]["data_offsets"][0]
+    content[first + 1] ^= 0x10
+    path.write_bytes(content)
+    again = attribute(run, *KEYS, *RACE)
+    assert (again / "scores.safetensors").read_bytes() == scores
+
+
+def test_scores_of_mixed_draw_counts_are_no_members_and_have_no_datamodeling_score(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = attribute(run, *KEYS, *RACE).name
+    attribute(run, *KEYS)
+    for asked in (
+        ["score", "method=ensemble", f"method.members=[{name},mucs]"],
+        ["evaluate", "evaluation=lds", f"evaluation.variants=[{name}]"],
+    ):
+        assert f"got {name}, whose scores rest on different numbers of draws" in fails(capsys, *asked, f"run={run}")
+    line = fails(capsys, "score", "method=ensemble", f"run={run}")  # not asked for, it is left out
+    assert "an ensemble needs two" in line
+
+
+def test_only_settled_places_are_shown_and_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = attribute(run, *KEYS, *RACE)
+    assert len((folder / "top.csv").read_text().splitlines()) == 1 + 2 * K
+    mucs("show", f"run={run}", f"k={K}")
+    settled = f"settled the {K} highest scores of {folder.name}"
+    assert settled in fails(capsys, "show", f"run={run}", "k=4")
+    assert "has not settled the lowest" in fails(capsys, "show", f"run={run}", "k=2", "bottom=true")
+    assert settled in fails(capsys, "evaluate", "evaluation=overlap", f"run={run}", "evaluation.k=4")
+    assert settled in fails(capsys, "evaluate", "evaluation=counterfactual", f"run={run}", "evaluation.k=4")
+    mucs("report", f"run={run}", f"report.k={K}", f"report.group_k={K}")
+    assert "settled the 3 highest scores of each query by a race" in (run / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["method.reducer=ratio_of_means"], "score.mode: got adaptive with method.reducer=ratio_of_means"),
+        (["noise_bank.consistent=false"], "score.mode: got adaptive with noise_bank.consistent=false"),
+        (["score.top_k=41"], "score.top_k: got 41; expected at most 40"),
+        (["score.group_k=9"], "score.group_k: got 9; score.mode=adaptive settles the 3 highest"),
+        (["score.confidence=1"], "score.confidence"),
+    ],
+)
+def test_what_cannot_race_is_refused(run: Path, keys: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    assert said in fails(capsys, "score", f"run={run}", *KEYS, *RACE, *keys)
+    assert not list((run / "score").glob("mucs*"))
+
+
+def test_a_method_without_draws_to_race_over_says_that_its_scores_are_exact(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mucs("score", f"run={run}", "method=pixel", "score.mode=adaptive")
+    assert "score.mode=adaptive has no effect with method=pixel" in capsys.readouterr().err
+    assert (run / "score" / "pixel" / "scores.safetensors").exists()
+
+
+def test_a_key_of_scoring_typed_when_the_run_is_made_is_kept_where_it_changes_no_number(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make = ["data=digits", "data.limit=20", "model=dit", "model.width=8", "model.num_heads=2", "training.num_steps=1"]
+    mucs("run", f"run={run}", "device=cpu", *make, "stages=[train]", "score.batch_size=32", "score.mode=adaptive")
+    kept = json.loads((run / "run.json").read_text())["config"]["score"]
+    assert kept["batch_size"] == 32
+    assert kept["mode"] != "adaptive"  # it names a variant, as method keys do
+
+
+def test_base_losses_that_are_not_finite_name_the_image(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Engine.pair_losses
+
+    def broken(self: Engine, rows: np.ndarray, draws: np.ndarray, tensors: object) -> object:
+        loss = whole(self, rows, draws, tensors)  # type: ignore[arg-type]
+        return loss.where(torch.from_numpy(rows != 7), torch.nan)
+
+    monkeypatch.setattr(Engine, "pair_losses", broken)
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    assert "example 7 (" in fails(capsys, "score", f"run={run}", *KEYS, *RACE)
+
+
+@pytest.mark.usefixtures("few_audited")
+def test_speed_fast_is_the_adaptive_mode_and_stays_with_the_run_it_made(run: Path, tmp_path: Path) -> None:
+    keys = [*UNLEARN, f"noise_bank.num_draws={NUM_DRAWS}", "score.batch_size=16", f"score.top_k={K}", "score.group_k=3"]
+    folder = attribute(run, *keys, "speed=fast")
+    assert "mode-adaptive" in folder.name
+    assert "draws" in load_file(folder / "scores.safetensors")
+    assert attribute(run, *keys[:-2], "speed=fast", "score.mode=exact").name == attribute_name(run, *keys[:-2])
+
+
+def attribute_name(run: Path, *keys: str) -> str:
+    """The folder of a variant that is there already."""
+    before = {path: path.stat().st_mtime_ns for path in (run / "score").glob("mucs*/manifest.json")}
+    mucs("score", f"run={run}", *keys)
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "score").glob("mucs*/manifest.json")}
+    (name,) = (path.parent.name for path in before if "mode" not in path.parent.name)
+    return name
