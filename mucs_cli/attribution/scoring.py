@@ -1,7 +1,8 @@
 """The score engine: losses of many models over all training images under one noise bank.
 
 The unit of computation is a block of images of one fixed size (the last one is padded), all under the same draw. Its
-bits do not depend on which models or queries share a pass, nor on how many blocks there are.
+bits do not depend on which models or queries share a pass, nor on how many blocks there are. Models that differ in
+late modules only share what comes before them; see ``shared_prefix.py``.
 """
 
 import math
@@ -9,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from mucs_cli.attribution.shared_prefix import PrefixCall, find_prefix, shared_prefix
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.noise_bank import NoiseBank
 from mucs_cli.rng import generator
@@ -47,9 +50,8 @@ def blocks_of(num_images: int, size: int) -> list[Block]:
 
 
 @contextmanager
-def replaced_parameters(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Points the named parameters at other tensors, without copying, for the length of the context."""
-    parameters = dict(network.named_parameters())
+def replaced_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Points those of a network's parameters that ``tensors`` names at these, without copying, in the context."""
     before = {name: parameters[name].data for name in tensors}
     try:
         for name, tensor in tensors.items():
@@ -60,7 +62,7 @@ def replaced_parameters(network: nn.Module, tensors: Mapping[str, Tensor]) -> It
             parameters[name].data = tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bank_losses(
     denoiser: Denoiser,
     image: Tensor,
@@ -78,6 +80,7 @@ def bank_losses(
         condition: each image's own condition, or None.
         bank: n draws, on the model's device.
         models: for each model the tensors that differ from the base model; an empty mapping is the base model.
+            Where all these lie in late modules, the modules before them are computed once a draw.
         on_forward: called with the number of images after each forward pass.
         noise: (index of the model, index of the draw) -> [B, C, H, W], in place of the bank's noise at the bank's
             levels; see ``independent_noise``. None: the bank's, the same for all images and models.
@@ -85,14 +88,38 @@ def bank_losses(
         [M, B, n], float32, on the CPU.
     """
     losses = torch.empty(len(models), len(bank), len(image), device=image.device)
-    for m, tensors in enumerate(models):
-        with replaced_parameters(denoiser.network, tensors):
-            for n in range(len(bank)):
+    parameters = dict(denoiser.network.named_parameters())
+    calls = [] if noise is not None else _shared_calls(denoiser, image, condition, bank, models)
+    # what is shared is guarded by the tensors' version counts, which inference tensors lack
+    with torch.inference_mode(not calls), shared_prefix(denoiser.network, calls) as prefix:
+        for n in range(len(bank)):
+            prefix.forget()
+            for m, tensors in enumerate(models):
                 drawn = bank.noise[n : n + 1] if noise is None else noise(m, n)
-                losses[m, n] = denoiser.loss(image, drawn, bank.sigma[n : n + 1], condition)
+                compute = partial(denoiser.loss, image, drawn, bank.sigma[n : n + 1], condition)
+                with replaced_parameters(parameters, tensors):
+                    losses[m, n] = prefix.run(compute)
                 if on_forward is not None:
                     on_forward(len(image))
     return losses.transpose(1, 2).contiguous().cpu()
+
+
+def _shared_calls(
+    denoiser: Denoiser,
+    image: Tensor,
+    condition: Tensor | None,
+    bank: NoiseBank,
+    models: Sequence[Mapping[str, Tensor]],
+) -> list[PrefixCall]:
+    """The network's calls that do the same for all models; seen on two images, under the first draw."""
+    if len(models) < 2:
+        return []
+    few = slice(0, 2)
+
+    def run() -> None:
+        denoiser.loss(image[few], bank.noise[:1], bank.sigma[:1], None if condition is None else condition[few])
+
+    return find_prefix(denoiser.network, set().union(*models), run)
 
 
 def independent_noise(seed: int, model_id: int, example_ids: Sequence[int], draw: int, like: Tensor) -> Tensor:

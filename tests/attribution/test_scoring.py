@@ -124,7 +124,8 @@ def test_independent_noise_takes_the_banks_levels_and_an_unchanged_model_no_long
 def test_replaced_parameters_come_back_even_after_an_error():
     denoiser = model("dit")
     before = {n: p.clone() for n, p in denoiser.network.named_parameters()}
-    with pytest.raises(RuntimeError, match="stop"), replaced_parameters(denoiser.network, changed(denoiser, 1)):
+    parameters = dict(denoiser.network.named_parameters())
+    with pytest.raises(RuntimeError, match="stop"), replaced_parameters(parameters, changed(denoiser, 1)):
         raise RuntimeError("stop")
     assert all(torch.equal(p, before[n]) for n, p in denoiser.network.named_parameters())
 

@@ -8,6 +8,7 @@ import torch
 from commands import mucs
 from unlearning_runs import attribute, make_run, scores_in
 
+from mucs_cli.diffusion.networks import TransformerBlock
 from mucs_cli.stages import engine
 
 MUCS = ["unlearning.num_steps=2", "noise_bank.num_draws=3", "score.batch_size=16"]
@@ -72,6 +73,30 @@ def test_another_reducer_needs_no_forward_pass(
     assert torch.equal(scores_in(reduced), scores_in(anew))
     assert not torch.equal(scores_in(reduced), scores_in(first))
     assert not torch.equal(scores_in(damped), scores_in(first))
+
+
+def test_queries_that_share_the_frozen_part_of_the_network_score_as_each_alone(run: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(run, tmp_path / "alone"))
+    last = [*MUCS, "unlearning.trainable=last_blocks", "unlearning.num_blocks=1"]
+    mucs("run", f"run={run}", "stages=[unlearn]", *last)
+    mucs("run", f"run={alone}", "stages=[unlearn]", *last)
+    blocks, whole = [], TransformerBlock.forward
+
+    def counted(self: TransformerBlock, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        blocks.append(len(x))
+        return whole(self, x, embedding)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TransformerBlock, "forward", counted)
+        together = attribute(run, *last)
+        num_shared = blocks.count(16)
+        blocks.clear()
+        one_by_one = attribute(alone, *last, "score.memory_budget=1e-9")
+    assert torch.equal(scores_in(together), scores_in(one_by_one))
+    assert num_shared == 3 * 3 * (
+        2 + 1 + 2
+    )  # blocks of images, draws; the base model's 2, the first one, the last twice
+    assert blocks.count(16) == 3 * 3 * (2 + 2 + 2)
 
 
 def test_the_mirror_images_of_abu_are_kept_as_well(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
