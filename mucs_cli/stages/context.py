@@ -11,18 +11,20 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mucs_cli.composition import compose
 from mucs_cli.config import (
     COMMANDS,
     VARIANT_SECTIONS,
     PipelineConfig,
+    is_section,
     result_config,
     schema_of,
     validate,
@@ -138,7 +140,9 @@ class Context:
             command=command,
             config=config,
             run=run,
-            base={section: result_config(getattr(base, section)) for section in VARIANT_SECTIONS},
+            # the names of scores that a race has settled say so, in a run that was made fast as well
+            base={section: result_config(getattr(base, section)) for section in VARIANT_SECTIONS}
+            | {"score": result_config(base.score) | {"mode": "exact"}},
             record=record | {"config": without_index(record["config"] | {key: values[key] for key in owned})},
             typed=typed,
         )
@@ -309,11 +313,27 @@ def base_values(command: str, composed: dict[str, Any], overrides: list[str], cw
 
 
 def from_record(record: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an existing run, with this command line's own keys; a copy."""
+    """The configuration of an existing run, with this command line's own keys; a copy.
+
+    What a run of an earlier version lacks is as by default, whatever was typed now.
+    """
     own = {key: composed[key] for key in PER_COMMAND if key in composed}
-    values = copy.deepcopy({**composed, **record["config"], **own})
+    values = copy.deepcopy({**composed, **defaults_of(PipelineConfig), **record["config"], **own})
+    for section in set(values) & set(record["config"]):
+        if isinstance(values[section], dict):
+            values[section] = defaults_of(schema_of(section, values[section], PipelineConfig)) | values[section]
     values["queries"]["index"] = composed["queries"]["index"]
     return values
+
+
+def defaults_of(schema: type) -> dict[str, Any]:
+    """The keys of a schema that have a default of their own, interpolations unresolved; sections left out."""
+    found = {entry.name: entry.default for entry in fields(schema) if entry.default not in (DATACLASS_MISSING, MISSING)}
+    return found | {
+        entry.name: entry.default_factory()
+        for entry in fields(schema)
+        if entry.default_factory is not DATACLASS_MISSING and not is_section(entry)
+    }
 
 
 def read_record(path: Path) -> dict[str, Any]:

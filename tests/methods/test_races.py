@@ -261,18 +261,8 @@ def test_base_losses_that_are_not_finite_name_the_image(
 
 
 @pytest.mark.usefixtures("few_audited")
-def test_speed_fast_is_the_adaptive_mode_and_stays_with_the_run_it_made(run: Path, tmp_path: Path) -> None:
+def test_speed_fast_is_the_adaptive_mode(run: Path) -> None:
     keys = [*UNLEARN, f"noise_bank.num_draws={NUM_DRAWS}", "score.batch_size=16", f"score.top_k={K}", "score.group_k=3"]
     folder = attribute(run, *keys, "speed=fast")
-    assert "mode-adaptive" in folder.name
+    assert folder.name.endswith(f"mode-adaptive__num_draws-{NUM_DRAWS}__num_steps-12__top_k-{K}")
     assert "draws" in load_file(folder / "scores.safetensors")
-    assert attribute(run, *keys[:-2], "speed=fast", "score.mode=exact").name == attribute_name(run, *keys[:-2])
-
-
-def attribute_name(run: Path, *keys: str) -> str:
-    """The folder of a variant that is there already."""
-    before = {path: path.stat().st_mtime_ns for path in (run / "score").glob("mucs*/manifest.json")}
-    mucs("score", f"run={run}", *keys)
-    assert before == {path: path.stat().st_mtime_ns for path in (run / "score").glob("mucs*/manifest.json")}
-    (name,) = (path.parent.name for path in before if "mode" not in path.parent.name)
-    return name

@@ -220,3 +220,23 @@ def test_long_variant_names_are_cut_without_becoming_equal() -> None:
 )
 def test_values_are_spelled_readably(value: Any, text: str) -> None:
     assert spell(value) == text
+
+
+def test_what_a_run_of_an_earlier_version_lacks_is_as_by_default_and_what_is_typed_names_a_variant(made: Path) -> None:
+    path = made / "r" / "run.json"
+    record = read_json(path)
+    del record["config"]["speed"], record["config"]["score"]["mode"], record["config"]["score"]["top_k"]
+    path.write_text(json.dumps(record))
+    assert create(made, "score", "run=r").config.score.mode == "exact"
+    fast = create(made, "score", "run=r", "speed=fast", "score.top_k=7")
+    assert (fast.config.score.mode, fast.config.score.top_k) == ("adaptive", 7)
+    assert fast.score_variant() == "mucs__mode-adaptive__top_k-7"
+
+
+def test_a_run_that_was_made_fast_stays_fast(tmp_path: Path) -> None:
+    finish(create(tmp_path, "run", *SMALL, "speed=fast"), "train", TRAIN_SECTIONS)
+    later = create(tmp_path, "score", "run=r")
+    assert later.races
+    assert later.score_variant() == "mucs__mode-adaptive"
+    assert create(tmp_path, "score", "run=r", "speed=faithful").score_variant() == "mucs"
+    assert not create(tmp_path, "score", "run=r", "method=pixel").races
