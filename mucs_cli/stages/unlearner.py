@@ -10,6 +10,7 @@ from torch import Tensor
 from mucs_cli.attribution.unlearning import (
     NonFiniteLossError,
     UnlearningResult,
+    UnlearningSettings,
     UnlearningStep,
     trainable_names,
 )
@@ -26,15 +27,18 @@ class Unlearner(ABC):
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every update.
+        settings: of the updates; ready once it is prepared.
     """
 
     learning_rate_key = "method.learning_rate"
+    settings: UnlearningSettings
 
     def __init__(self, work: Work, trainable: list[str]):
         self.work = work
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
         self.on_step: Callable[[UnlearningStep], None] | None = None
+        self._first_forget_loss = 0.0
 
     def prepare(self) -> None:
         """Whatever takes long and is shared by all queries. An override calls this first: it keeps the base weights."""
@@ -65,6 +69,20 @@ class Unlearner(ABC):
                 f"got a non-finite loss ({error.value}) at step {error.step} of query {query} "
                 f"with {self.facts()['learning_rate']:g}. Lower it; the queries before are kept.",
             ) from error
+
+    def share_done(self, step: UnlearningStep) -> float:
+        """How much of the current query's updates are done, in (0, 1]; told of every one of them.
+
+        Where a bound ends them, it is judged by how far the forget loss has come on its way there.
+        """
+        settings = self.settings
+        if settings.num_steps is not None:
+            return (step.step + 1) / settings.num_steps
+        if step.step == 0:
+            self._first_forget_loss = step.forget_loss
+        risen = step.forget_loss - self._first_forget_loss
+        way = settings.tolerance * settings.bound - self._first_forget_loss
+        return min(1.0, max((step.step + 1) / (settings.max_steps + 1), risen / way if way > 0 else 1.0))
 
     @torch.no_grad()
     def restore(self) -> None:
