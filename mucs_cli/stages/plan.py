@@ -235,7 +235,7 @@ def rows_of(plans: list[StagePlan]) -> list[tuple[Cell, ...]]:
         for loop in plan.loops:
             counts = (loop.total, loop.finished, loop.left)
             rows.append((plan.stage, f"{loop.title}, {loop.unit}", *counts, seconds_text(loop.seconds), "", ""))
-        rest = "everything else" if plan.loops or plan.disk else "nothing long"
+        rest = "everything else" if plan.loops or plan.disk else "imports" if plan.stage == "start" else "nothing long"
         ends = (memory_text(plan.memory), bytes_text(plan.disk))
         rows.append((plan.stage, rest, None, None, None, seconds_text(plan.other_seconds), *ends))
     time = seconds_text(sum(plan.seconds for plan in plans)) + ("" if all(plan.is_known for plan in plans) else " + ?")

@@ -217,10 +217,13 @@ def test_how_far_unlearning_is_follows_from_its_updates_or_the_way_to_its_bound(
     unlearner.settings = UnlearningSettings(null_loss=1.0, learning_rate=1.0, num_steps=8)
     assert unlearner.share_done(UnlearningStep(1, 0.0, 0.9)) == 0.25
     unlearner.settings = UnlearningSettings(null_loss=1.0, learning_rate=1.0, tolerance=0.9, max_steps=99)
-    assert unlearner.share_done(UnlearningStep(0, 0.0, 0.1)) == 0.01  # one of 100 losses, nothing risen yet
-    assert unlearner.share_done(UnlearningStep(1, 0.0, 0.5)) == pytest.approx(0.5)
-    assert unlearner.share_done(UnlearningStep(59, 0.0, 0.2)) == 0.6
-    assert unlearner.share_done(UnlearningStep(60, 0.0, 2.0)) == 1.0
+    assert unlearner.share_done(UnlearningStep(0, 0.0, 0.2)) == 0.01  # one of 100 losses, the gap is as at the start
+    assert unlearner.share_done(UnlearningStep(1, 0.0, 0.6)) == pytest.approx(1 / 3)  # halved, of three times
+    assert unlearner.share_done(UnlearningStep(2, 0.0, 0.8)) == pytest.approx(2 / 3)
+    assert unlearner.share_done(UnlearningStep(74, 0.0, 0.3)) == 0.75
+    assert unlearner.share_done(UnlearningStep(75, 0.0, 0.95)) == 1.0
+    unlearner.settings = UnlearningSettings(null_loss=1.0, learning_rate=1.0, tolerance=1.0, max_steps=99)
+    assert unlearner.share_done(UnlearningStep(49, 0.0, 0.9)) == 0.5  # a bound that the loss need not ever meet
 
 
 def test_times_are_read_as_people_say_them_and_an_unknown_one_is_none() -> None:
