@@ -253,7 +253,8 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
             if job.mode == RunMode.MULTIRUN:
                 runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
         context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
-        importlib.import_module(f"mucs_cli.stages.{command}").run(context)
+        stage = "plan" if getattr(context.config, "plan", False) else command
+        importlib.import_module(f"mucs_cli.stages.{stage}").run(context)
     except UserError as error:
         raise CommandFailed(str(error)) from None
     except Exception as error:

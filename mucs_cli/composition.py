@@ -39,7 +39,7 @@ def register_schemas() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema_pipeline", node=config.PipelineConfig)
-    store.store(name="schema_evaluate", node=config.EvaluateCommandConfig)
+    store.store(name="schema_planned", node=config.PlannedCommandConfig)
     store.store(name="schema_run", node=config.RunCommandConfig)
     store.store(name="schema_show", node=config.ShowConfig)
     store.store(name="schema_status", node=config.StatusConfig)

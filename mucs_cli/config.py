@@ -79,12 +79,16 @@ class PipelineConfig(RootConfig):
 
 
 @dataclass
-class EvaluateCommandConfig(PipelineConfig):
-    plan: bool = option(False, "only say what has to be trained, with time and disk", affects_result=False)
+class PlannedCommandConfig(PipelineConfig):
+    plan: bool = option(
+        False,
+        "only say what is to be computed, with predicted time, memory and disk; writes nothing to the run",
+        affects_result=False,
+    )
 
 
 @dataclass
-class RunCommandConfig(PipelineConfig):
+class RunCommandConfig(PlannedCommandConfig):
     stages: list[str] = option(
         ["train", "sample", "unlearn", "score", "report"], "stages to run, in this order", affects_result=False
     )
@@ -123,17 +127,17 @@ class Command:
 
 TRAIN_SECTIONS = ("data", "model", "diffusion", "training")
 COMMANDS: dict[str, Command] = {
-    "train": Command("train the base model", PipelineConfig, TRAIN_SECTIONS, TRAIN_SECTIONS),
+    "train": Command("train the base model", PlannedCommandConfig, TRAIN_SECTIONS, TRAIN_SECTIONS),
     "sample": Command(
-        "generate the queries, or read them", PipelineConfig, ("sampler", "queries"), ("sampler", "queries")
+        "generate the queries, or read them", PlannedCommandConfig, ("sampler", "queries"), ("sampler", "queries")
     ),
-    "unlearn": Command("one unlearned model a query", PipelineConfig, ("method", "unlearning", "noise_bank")),
+    "unlearn": Command("one unlearned model a query", PlannedCommandConfig, ("method", "unlearning", "noise_bank")),
     "score": Command(
         "score every training image for every query",
-        PipelineConfig,
+        PlannedCommandConfig,
         ("method", "unlearning", "noise_bank", "score"),
     ),
-    "evaluate": Command("judge and compare the scores of several variants", EvaluateCommandConfig, ("evaluation",)),
+    "evaluate": Command("judge and compare the scores of several variants", PlannedCommandConfig, ("evaluation",)),
     "report": Command("write the HTML report", PipelineConfig, ("report",)),
     "show": Command("print a query's top training images", ShowConfig),
     "run": Command(

@@ -30,7 +30,11 @@ EXAMPLES = {
     ],
     "report": ["mucs report run=outputs/digits", "mucs report run=outputs/digits report.k=20"],
     "show": ["mucs show run=outputs/digits query=3 k=5", "mucs show run=outputs/digits query=3 --bottom"],
-    "run": ["mucs run experiment=digits", "mucs run experiment=digits run=outputs/quick data.limit=200"],
+    "run": [
+        "mucs run experiment=digits",
+        "mucs run experiment=digits plan=true",
+        "mucs run experiment=digits run=outputs/quick data.limit=200",
+    ],
     "status": ["mucs status run=outputs/digits", "mucs status run=outputs/digits clean=true"],
 }
 

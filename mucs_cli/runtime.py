@@ -18,10 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from mucs_cli.errors import UserError
+from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
 
 log = logging.getLogger("mucs")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_SECONDS = 10.0
+REHEARSED_SECONDS = 4.0
+"""Of a loop that a rehearsal leaves early: enough for its pace."""
 
 
 # --- device ----------------------------------------------------------------------------------------------------------
@@ -124,13 +127,21 @@ class Progress:
         total: how many units there are.
         unit: what is counted, plural, for example "steps".
         done: how many were done before (a resumed run).
+        leave_after: seconds after which a rehearsal leaves the ``with`` block, whose other units must not be needed by
+            what follows; None: never.
+        setups: how often ``setup`` will be called.
     """
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0):
+    def __init__(
+        self, title: str, total: int, unit: str, done: int = 0, leave_after: float | None = None, setups: int = 0
+    ):
         self.title, self.total, self.unit = title, total, unit
         self.done = self.first = done
         self.started = self.last_line = time.monotonic()
         self.bar: RichProgress | None = None
+        self.leave_after = leave_after
+        self.rehearsal = None if leave_after is None else current_rehearsal()
+        self.pace = Pace(total - done, setups, self.started)
 
     def __enter__(self) -> "Progress":
         if is_live():
@@ -150,13 +161,41 @@ class Progress:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         if self.bar is not None:
             self.bar.stop()
+        if self.rehearsal is not None and (error is None or isinstance(error, Enough)):
+            now = time.monotonic()
+            rehearsed, spent = self.done - self.first, now - self.started
+            predicted = self.pace.predicted(now)
+            self.rehearsal.loops.append(
+                Loop(self.title, self.unit, self.total, self.first, rehearsed, spent, predicted)
+            )
+        return isinstance(error, Enough)
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Counts ``count`` more units; ``note`` stands beside them (the loss, for example)."""
+    @contextmanager
+    def setup(self) -> Iterator[None]:
+        """Around what has to be ready before a pass over the units."""
+        started = time.monotonic()
+        yield
+        self.pace.set_up(time.monotonic() - started)
+
+    def advance(self, count: int = 1, note: str = "", begun: float = 0.0) -> None:
+        """Counts ``count`` more units.
+
+        Args:
+            count: how many were finished.
+            note: stands beside them (the loss, for example).
+            begun: how many of the next ones are done, as far as can be told; for a rehearsal.
+        """
         self.done += count
+        self._show(note)
+        now = time.monotonic()
+        self.pace.advance(count, begun, now)
+        if self.rehearsal is not None and self.done < self.total and now - self.started > (self.leave_after or 0):
+            raise Enough
+
+    def _show(self, note: str) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=note)
             return

@@ -22,8 +22,6 @@ KEY_VALUE = ("to_k.weight", "to_v.weight", "to_qkv.weight")
 class Ascent(Unlearner):
     """Exactly ``method.num_steps`` updates on the query alone."""
 
-    settings: UnlearningSettings
-
     def unlearn(self, query: int) -> UnlearningResult:
         image, condition = self.query(query)
         return unlearn(

@@ -9,7 +9,7 @@ import numpy as np
 
 from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, require_manifest, sha256_file
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.runtime import Progress, log
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
 
 Arrays = dict[str, np.memmap]
 
@@ -70,9 +70,13 @@ def fill_file(path: Path, identity: str, work: BlockWork) -> None:
         total = sum(work.cost(b, part) for part in work.passes for b in blocks)
         left = sum(work.cost(b, part) for part, some in zip(work.passes, todo, strict=True) for b in some)
         try:
-            with Progress(work.title, total, work.unit, total - left) as progress:
+            setups = sum(bool(some) for some in todo)
+            with Progress(work.title, total, work.unit, total - left, REHEARSED_SECONDS, setups) as progress:
                 for p, part in enumerate(work.passes):
-                    loaded = work.load(part) if todo[p] else None
+                    if not todo[p]:
+                        continue
+                    with progress.setup():
+                        loaded = work.load(part)
                     for block in todo[p]:
                         work.fill(file.arrays, block, part, loaded, progress)
                         file.commit(p * len(blocks) + block.index)

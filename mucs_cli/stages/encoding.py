@@ -7,7 +7,7 @@ from mucs_cli.artifacts import BlockFile, fingerprint, map_tensor
 from mucs_cli.attribution.scoring import GRANULE, blocks_of
 from mucs_cli.data.images import ImageDataset, LatentDataset
 from mucs_cli.diffusion.latent import LatentCodec
-from mucs_cli.runtime import Progress, log
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
 from mucs_cli.stages.context import Context
 
 BATCH_SIZE = GRANULE
@@ -35,14 +35,15 @@ def encode_dataset(
         stage.begin()
         file = BlockFile(path, {"latent": ("float32", (len(pixels), *shape))}, fingerprint(inputs))
         blocks = blocks_of(len(pixels), BATCH_SIZE)
-        with Progress("encode images", len(pixels), "images", sum(len(b) for b in blocks if b.index in file.done)) as p:
+        done = sum(len(b) for b in blocks if b.index in file.done)
+        with Progress("encode images", len(pixels), "images", done, REHEARSED_SECONDS) as progress:
             for block in blocks:
                 if block.index in file.done:
                     continue
                 latent = codec.encode(pixels.images(block.rows()).to(device)).cpu()
                 file.arrays["latent"][block.start : block.stop] = latent[: len(block)].numpy()
                 file.commit(block.index)
-                p.advance(len(block))
+                progress.advance(len(block))
         file.finish()
         stage.finish({"device": str(device), "counts": {"images": len(pixels)}}, [path])
         log.info("data: %d images encoded, latents in %s", len(pixels), folder)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mucs_cli.artifacts import Stage, first_difference, read_json, write_json, write_text
-from mucs_cli.config import EvaluateCommandConfig
 from mucs_cli.evaluation import EVALUATIONS
+from mucs_cli.rehearsal import StagePlan
 from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
 from mucs_cli.runtime import log
@@ -21,13 +21,10 @@ def run(context: Context) -> None:
     """Writes ``evaluate/<evaluation>/`` and prints the table.
 
     That is ``results.json``, the table as CSV, Markdown and LaTeX, and ``charts/``, each chart as SVG and PNG.
-    With ``plan=true`` only says what has to be trained; a worker only trains.
+    A worker only trains.
     """
     evaluation = EVALUATIONS[context.config.evaluation.name]
     evaluator = evaluation.evaluator(context)
-    if isinstance(context.config, EvaluateCommandConfig) and context.config.plan:
-        print_plan(evaluator)
-        return
     folder = context.folder("evaluate", evaluation.name)
     stage = context.stage(folder, "evaluate", sections=evaluation.sections, inputs=evaluator.inputs)
     redo_for_new_inputs(stage)
@@ -58,12 +55,12 @@ def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -
     return [folder / RESULTS, *[folder / name for name in TABLES], *charts, *evaluator.files(folder)]
 
 
-def print_plan(evaluator: Evaluator) -> None:
-    """What there is to train, with time and disk."""
+def plan(context: Context) -> StagePlan:
+    """What there is to train."""
+    evaluator = EVALUATIONS[context.config.evaluation.name].evaluator(context)
     if isinstance(evaluator, RetrainingEvaluator):
-        print_table(evaluator.models.plan(evaluator.retrainings()), sys.stdout)
-    else:
-        print("no model has to be trained: results come at once")
+        return evaluator.models.plan(evaluator.retrainings())
+    return StagePlan("evaluate", other_seconds=0.0, notes=("no model has to be trained: results come at once",))
 
 
 def redo_for_new_inputs(stage: Stage) -> None:

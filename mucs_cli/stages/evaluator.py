@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mucs_cli.config import EvaluateCommandConfig
 from mucs_cli.reporting.tables import Table
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import load_inputs
@@ -70,7 +69,7 @@ class RetrainingEvaluator(Evaluator):
     def only_trains(self) -> bool:
         """The command is to plan or to train, and not to evaluate: scores may still be missing."""
         config = self.context.config
-        return config.evaluation.worker is not None or (isinstance(config, EvaluateCommandConfig) and config.plan)
+        return config.evaluation.worker is not None or config.plan
 
     @abstractmethod
     def retrainings(self) -> Sequence[Retraining]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, sha256_file, write_tensors
 from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.errors import UserError
-from mucs_cli.runtime import Progress, log, smaller_batch
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log, smaller_batch
 from mucs_cli.stages.work import Work
 
 BATCH_SIZE = 16
@@ -43,7 +43,7 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
         fisher.load_state(read_tensors(state))
     visits, size, saved = (2 if flip else 1), BATCH_SIZE, time.monotonic()
     done, total = fisher.num_visits // visits, num_passes * work.num_images
-    with Progress("Fisher information", total, "images", done) as progress:
+    with Progress("Fisher information", total, "images", done, REHEARSED_SECONDS) as progress:
         while done < total:
             pass_index, start = divmod(done, work.num_images)
             ids = data.training[start : start + size]

@@ -17,7 +17,7 @@ from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.training import Trainer, TrainingSettings, learning_rate_at, train
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder, generator
-from mucs_cli.runtime import Progress, log
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
 from mucs_cli.schemas import TrainingConfig
 
 METRIC_ROWS = 500
@@ -63,7 +63,14 @@ def fit(
 
     last_saved = time.monotonic()
     started, first = last_saved, trainer.step
-    with Progress(title, settings.num_steps, "steps", trainer.step) as progress:
+    measure_loss, every = held_out_loss(data, settings, device), settings.validate_every
+    measurements = 0 if every is None else settings.num_steps // every - trainer.step // every
+    with Progress(title, settings.num_steps, "steps", trainer.step, REHEARSED_SECONDS, setups=measurements) as progress:
+
+        def measure(denoiser: Denoiser) -> float:
+            assert measure_loss is not None
+            with progress.setup():
+                return measure_loss(denoiser)
 
         def on_step(loss: float) -> None:
             nonlocal last_saved
@@ -74,7 +81,9 @@ def fit(
                 last_saved = time.monotonic()
 
         try:
-            train(trainer, batch, on_step, held_out_loss(data, settings, device))
+            if progress.rehearsal is not None and every is not None:
+                trainer.validate(measure)  # the first one is further away than a rehearsal goes
+            train(trainer, batch, on_step, measure)
         except FloatingPointError as error:
             raise UserError(
                 "training.learning_rate",

@@ -8,7 +8,7 @@ from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.sampler import sample
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder
-from mucs_cli.runtime import Progress, smaller_batch
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, smaller_batch
 from mucs_cli.schemas import SampledQueriesConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import BaseModel, Inputs
@@ -56,10 +56,17 @@ def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor 
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
     guided = settings.guidance != 1
     images: list[Tensor] = []
-    done, size = 0, settings.batch_size
-    with Progress("sample", len(seeds), "images") as progress:
+    done, size, steps = 0, settings.batch_size, 0
+    with Progress("sample", len(seeds), "images", leave_after=REHEARSED_SECONDS) as progress:
+
+        def on_step(sigma: Tensor, image: Tensor) -> None:
+            nonlocal steps
+            steps += 1
+            progress.advance(0, begun=len(image) * steps / settings.num_steps)
+
         while done < len(seeds):
             part = slice(done, done + size)
+            steps = 0
             label = None if condition is None else condition[part].to(device)
             try:
                 batch = sample(
@@ -72,6 +79,7 @@ def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor 
                     sigma_min=settings.sigma_min,
                     sigma_max=settings.sigma_max,
                     rho=settings.rho,
+                    on_step=on_step,
                 )
             except RuntimeError as error:
                 size = smaller_batch(error, min(size, len(seeds)), "sampler.batch_size")
@@ -79,7 +87,7 @@ def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor 
             images.append(batch.cpu())
             done += len(batch)
             progress.advance(len(batch))
-    image = torch.cat(images)
+    image = torch.cat([*images, noise[done:]])  # noise in place of what a rehearsal leaves out
     if not image.isfinite().all():
         raise UserError(
             "sampler", "got samples that are not finite. Train the model longer or with a lower learning rate."

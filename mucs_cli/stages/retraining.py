@@ -21,7 +21,7 @@ from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.training import Trainer
 from mucs_cli.errors import UserError
 from mucs_cli.locks import locked
-from mucs_cli.reporting.tables import Table
+from mucs_cli.rehearsal import Loop, StagePlan
 from mucs_cli.runtime import log, log_file
 from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
@@ -165,17 +165,19 @@ class Retrainings:
 
     # --- what it costs ------------------------------------------------------------------------------------------------
 
-    def plan(self, wanted: Sequence[Retraining]) -> Table:
+    def plan(self, wanted: Sequence[Retraining]) -> StagePlan:
         """How many models there are to train, with the time and disk that takes, judged by the base model's."""
         tasks = list(dict.fromkeys(wanted))
         missing = [task for task in tasks if not self.is_done(task)]
         steps, rate = self.base["counts"]["steps"], self.base["steps_per_second"]
-        hours = len(missing) * steps / rate / 3600 if rate else None
+        seconds = len(missing) * steps / rate if rate else None
         size = sum(record["bytes"] for name, record in self.base["outputs"].items() if name.startswith("model/"))
-        disk = len(missing) * size / 2**30
-        free = shutil.disk_usage(self.context.run).free / 2**30
-        return Table(
-            f"{steps} updates a model at {rate}/s, as the base model was trained; a worker trains one model at a time",
-            ("models", "finished", "to_train", "hours", "disk_gib", "free_gib"),
-            [(len(tasks), len(tasks) - len(missing), len(missing), hours, disk, free)],
+        return StagePlan(
+            "evaluate",
+            [Loop("retrain", "models", len(tasks), len(tasks) - len(missing), seconds=seconds)],
+            disk=len(missing) * size,
+            notes=(
+                f"{steps} updates a model at {rate}/s, as the base model was trained; a worker trains "
+                "one model at a time",
+            ),
         )

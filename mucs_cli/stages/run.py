@@ -2,6 +2,7 @@
 
 import importlib
 import time
+from collections.abc import Iterator
 
 from mucs_cli.runtime import log
 from mucs_cli.schemas import PretrainedConfig
@@ -15,10 +16,7 @@ SHOWN = 5
 def run(context: Context) -> None:
     """Runs the stages, then prints each query's top training images and where to look."""
     started = time.monotonic()
-    for stage in context.config.stages:
-        if stage == "train" and isinstance(context.config.model, PretrainedConfig):
-            log.info("train: nothing to do for model=pretrained (%s)", context.config.model.path)
-            continue
+    for stage in stages_of(context):
         importlib.import_module(f"mucs_cli.stages.{stage}").run(context.for_stage(stage))
     if "score" in context.config.stages:
         print_top(context.run, context.score_variant(), min(SHOWN, context.config.report.k))
@@ -30,3 +28,12 @@ def run(context: Context) -> None:
         if path.exists():
             print(f"{what + ':':<9}{path}")
     log.info("run: %.0f seconds", time.monotonic() - started)
+
+
+def stages_of(context: Context) -> Iterator[str]:
+    """The stages that are to be run: without training where the model is there."""
+    for stage in context.config.stages:
+        if stage == "train" and isinstance(context.config.model, PretrainedConfig):
+            log.info("train: nothing to do for model=pretrained (%s)", context.config.model.path)
+        else:
+            yield stage

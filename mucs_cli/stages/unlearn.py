@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from statistics import median
 
 from mucs_cli.artifacts import write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
@@ -10,6 +11,9 @@ from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work
+
+REHEARSED_SECONDS = 20.0
+"""How long a rehearsal unlearns: queries differ in their updates, so that a few are better than one."""
 
 
 def run(context: Context) -> None:
@@ -44,9 +48,13 @@ def run(context: Context) -> None:
         }
         keep_log_of(folder / "log.jsonl", set(results))
         todo = [query for query in queries.selected if query not in results]
-        with Progress("unlearn", len(queries.selected), "queries", len(queries.selected) - len(todo)) as progress:
+        typical = median([record["num_steps"] for record in results.values()]) if results else 0
+        done = len(queries.selected) - len(todo)
+        with Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
             unlearner.on_step = lambda step: progress.advance(
-                0, f"step {step.step}, forget loss {step.forget_loss:.3f}"
+                0,
+                f"step {step.step}, forget loss {step.forget_loss:.3f}",
+                min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step),
             )
             for query in todo:
                 started = time.monotonic()

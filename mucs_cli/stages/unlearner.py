@@ -1,5 +1,6 @@
 """What ``mucs unlearn`` asks of a method, and what all that unlearn have in common."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from mucs_cli.attribution.unlearning import (
     NonFiniteLossError,
     UnlearningResult,
+    UnlearningSettings,
     UnlearningStep,
     trainable_names,
 )
@@ -26,15 +28,18 @@ class Unlearner(ABC):
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every update.
+        settings: of the updates; ready once it is prepared.
     """
 
     learning_rate_key = "method.learning_rate"
+    settings: UnlearningSettings
 
     def __init__(self, work: Work, trainable: list[str]):
         self.work = work
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
         self.on_step: Callable[[UnlearningStep], None] | None = None
+        self._first_gap = 0.0
 
     def prepare(self) -> None:
         """Whatever takes long and is shared by all queries. An override calls this first: it keeps the base weights."""
@@ -65,6 +70,23 @@ class Unlearner(ABC):
                 f"got a non-finite loss ({error.value}) at step {error.step} of query {query} "
                 f"with {self.facts()['learning_rate']:g}. Lower it; the queries before are kept.",
             ) from error
+
+    def share_done(self, step: UnlearningStep) -> float:
+        """How much of the current query's updates are done, in (0, 1]; told of every one of them.
+
+        Where a bound ends them, it is judged by the gap between the forget loss and the bound, which shrinks about
+        exponentially: a line would foretell half to two thirds of the updates that the digits take.
+        """
+        settings = self.settings
+        if settings.num_steps is not None:
+            return (step.step + 1) / settings.num_steps
+        gap, last = settings.bound - step.forget_loss, (1 - settings.tolerance) * settings.bound
+        if step.step == 0:
+            self._first_gap = gap
+        if gap <= last:
+            return 1.0
+        by_gap = math.log(self._first_gap / gap) / math.log(self._first_gap / last) if last > 0 else 0.0
+        return max((step.step + 1) / (settings.max_steps + 1), by_gap)
 
     @torch.no_grad()
     def restore(self) -> None:

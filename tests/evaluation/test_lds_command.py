@@ -177,8 +177,8 @@ def test_a_plan_counts_the_models_and_trains_none_and_a_worker_only_trains(
     before = stamps(run / "retrain")
     capsys.readouterr()
     mucs("evaluate", f"run={run}", *more, "plan=true")
-    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("8 "))
-    assert row[:3] == ["8", "6", "2"]
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "retrain, models" in line)
+    assert row[3:6] == ["8", "6", "2"]
     assert stamps(run / "retrain") == before
     mucs("evaluate", "-m", f"run={run}", *more, "evaluation.worker=0,1")
     assert len(list((run / "retrain").glob("*/manifest.json"))) == 14
