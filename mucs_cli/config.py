@@ -340,6 +340,10 @@ def check_across(config: Any) -> None:
                 f"{name}.sigma_min",
                 f"got {section.sigma_min}; expected less than {name}.sigma_max={section.sigma_max}.",
             )
+    if config.noise_bank.antithetic and not config.noise_bank.consistent:
+        raise UserError(
+            "noise_bank.antithetic", "got true with consistent=false, where no draw shares its noise. Leave one out."
+        )
     check_trainable(config.unlearning, "unlearning")
     if hasattr(config.method, "trainable"):
         check_trainable(config.method, "method")

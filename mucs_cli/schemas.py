@@ -289,6 +289,10 @@ class NoiseBankConfig:
     consistent: bool = option(
         True, "the same noise for every image and model; false: noise of its own for each, at the same levels"
     )
+    antithetic: bool = option(
+        False,
+        "neighbouring levels of the grid in pairs that share their noise, with opposite signs; less noise in scores",
+    )
     seed: int = option(II("seed"), "seed of the noise")
 
 

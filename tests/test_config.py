@@ -114,6 +114,10 @@ def test_every_later_default_derives_from_the_one_seed() -> None:
         ),
         (["training.ema_decay=1"], "training.ema_decay: got 1.0; expected less than 1"),
         (["noise_bank.sigma_min=90"], "noise_bank.sigma_min: got 90.0; expected less than noise_bank.sigma_max=80.0."),
+        (
+            ["noise_bank.antithetic=true", "noise_bank.consistent=false"],
+            "noise_bank.antithetic: got true with consistent=false",
+        ),
         (["score.batch_size=20"], "score.batch_size: got 20; expected a multiple of 16."),
         (["diffusion.sigma_data=wide"], "diffusion.sigma_data: got 'wide'; expected a positive number or one of auto."),
         (["unlearning.trainable=patterns"], "unlearning.patterns: got [] with unlearning.trainable=patterns"),

@@ -67,6 +67,7 @@ def draw_noise_bank(
     sigma_max: float = 80.0,
     rho: float = 7.0,
     seed: int = 0,
+    antithetic: bool = False,
     nearest_sigma: Callable[[Tensor], Tensor] | None = None,
     even_sigma: Callable[[int], Tensor] | None = None,
 ) -> NoiseBank:
@@ -77,6 +78,8 @@ def draw_noise_bank(
         image_shape: (C, H, W).
         grid, sigma_min, sigma_max, rho: noise levels, see ``grid_positions`` and ``karras_sigmas``.
         seed: the noise of grid index j comes from the stream ("noise", j), whatever n and the order are.
+        antithetic: grid indices 2i and 2i + 1 share the noise of 2i, the second with the opposite sign: what is odd in
+            the noise nearly cancels in the mean of two losses.
         nearest_sigma: the denoiser's own; maps the grid to levels the model can take, so that several draws may share
             one. None for a model that takes every level.
         even_sigma: the denoiser's own; gives the levels of the grid ``even``, to which the other settings do not apply.
@@ -91,5 +94,10 @@ def draw_noise_bank(
             sigma = nearest_sigma(sigma)
         sigma = sigma.float()
     order = spanning_order(num_draws)
-    noise = torch.stack([torch.randn(image_shape, generator=generator(seed, "noise", j)) for j in order])
-    return NoiseBank(sigma[order], noise)
+
+    def noise_of(j: int) -> Tensor:
+        if antithetic and j % 2:
+            return -noise_of(j - 1)
+        return torch.randn(image_shape, generator=generator(seed, "noise", j))
+
+    return NoiseBank(sigma[order], torch.stack([noise_of(j) for j in order]))

@@ -112,7 +112,7 @@ class Engine:
             [P], float32, on the CPU.
         """
         found, started = [], time.perf_counter()
-        with replaced_parameters(self.denoiser.network, tensors):
+        with replaced_parameters(dict(self.denoiser.network.named_parameters()), tensors):
             for start in range(0, len(rows), self.block_size):
                 pairs = np.arange(start, start + self.block_size).clip(max=len(rows) - 1)  # padded with the last pair
                 some, places = torch.unique_consecutive(torch.from_numpy(rows[pairs]), return_inverse=True)
@@ -186,6 +186,7 @@ def prepare_bank(context: Context, config: NoiseBankConfig, inputs: Inputs) -> t
         sigma_max=config.sigma_max,
         rho=config.rho,
         seed=config.seed,
+        antithetic=config.antithetic,
         nearest_sigma=inputs.model.denoiser.nearest_sigma,
         even_sigma=inputs.model.denoiser.even_sigma,
     )

@@ -34,6 +34,8 @@ AUDIT = 16
 """Dropped images of which a batch gets the whole bank, to check what was dropped."""
 UNIT_BATCHES = 16
 """Batches that are computed between two entries in the journal, at most."""
+REHEARSED_SECONDS = 20.0
+"""How long a rehearsal races: a race slows down as it goes on, so that a whole one says most."""
 STEP = 1 << 32
 """Journal entries of one round, at most."""
 
@@ -103,21 +105,28 @@ class Races:
         write_tensors(path, {**rows, "query_id": torch.tensor(ids), "example_id": example_ids})
         shutil.rmtree(path.parent / "races", ignore_errors=True)
         facts = self.stage.previous.get("races", {}) | self.stage.progress
-        return {"top_k": self.k, "races": {str(query): facts[str(query)] for query in ids}}
+        return {"top_k": self.k, "races": {str(query): facts[str(query)] for query in ids if str(query) in facts}}
 
     def rows(self, queries: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """query -> ``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on."""
-        found = {}
         done = [query for query in queries if self._path(query).exists() and str(query) in self.stage.progress]
-        with Progress("score", len(queries), "queries", len(done)) as progress:
+        with Progress("score", len(queries), "queries", len(done), REHEARSED_SECONDS) as progress:
             for query in queries:
                 if query not in done:
                     facts = self._run(query, progress)
                     self.stage.save_progress(self.stage.progress | {str(query): facts})
                     progress.advance(note=describe(facts))
                     log.info("score: query %d, %s", query, describe(facts))
-                found[query] = read_tensors(self._path(query))
-        return found
+                    done.append(query)
+        # a rehearsal leaves the loop early, and needs no scores
+        nothing = {"score": torch.zeros(self.work.num_images), "draws": torch.zeros(self.work.num_images).int()}
+        return {query: read_tensors(self._path(query)) if query in done else nothing for query in queries}
+
+    def typical_evaluations(self) -> float:
+        """Of a race: the mean of those that are finished, or a guess, which the digits and photographs come up to."""
+        finished = [facts["evaluations"] for facts in self.stage.progress.values()]
+        first_round = self.work.num_images * race_rounds(len(self.engine.bank))[0]
+        return sum(finished) / len(finished) if finished else 2.2 * first_round
 
     def _path(self, query: int) -> Path:
         return self.stage.folder / "races" / f"query_{query:04d}.safetensors"
@@ -160,6 +169,7 @@ class Race:
         self.alive: list[int] = []
         self.audited = np.zeros(0, np.int64)
         self.recall = 1.0
+        self.evaluations = 0
         self._step = 0
 
     def run(self) -> None:
@@ -234,7 +244,12 @@ class Race:
                     self.races.comparison.refuse_query(self.query)
                 self.loss[row, draw] = loss
                 self.file.commit(number)
-            self.progress.advance(0, f"query {self.query}, draw {num_draws} of {self.num_draws}, {len(rows)} images")
+            self.evaluations += len(row)
+            self.progress.advance(
+                0,
+                f"query {self.query}, draw {num_draws} of {self.num_draws}, {len(rows)} images",
+                min(1.0, self.evaluations / self.races.typical_evaluations()),
+            )
         self.draws[rows] = num_draws
         self._step += 1
 
@@ -276,7 +291,7 @@ class Race:
             "num_audited": len(self.audited),
             "estimated_recall": round(self.recall, 4),
             "is_exact": bool((self.draws == self.num_draws).all()),
-            "evaluations": int(self.draws.sum(dtype=np.int64)),
+            "evaluations": self.evaluations,
         }
 
 

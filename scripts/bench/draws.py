@@ -21,18 +21,9 @@ from mucs_cli.attribution.scoring import bank_losses
 from mucs_cli.attribution.skew import skew
 from mucs_cli.data.record import Record
 from mucs_cli.diffusion.checkpoint import load_denoiser
-from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
+from mucs_cli.diffusion.noise_bank import draw_noise_bank
 
 GRIDS = ("truncated", "even", "full")
-
-
-def antithetic(bank: NoiseBank) -> NoiseBank:
-    """The bank with every second level, from the lowest up, under its neighbour's noise with the opposite sign."""
-    order = bank.sigma.argsort()
-    noise = bank.noise.clone()
-    count = len(order) // 2 * 2
-    noise[order[1:count:2]] = -noise[order[0:count:2]]
-    return NoiseBank(bank.sigma, noise)
 
 
 def noise_share(values: Tensor) -> tuple[float, float]:
@@ -68,29 +59,24 @@ def main() -> None:
     models = [{}, *(load_file(path) for path in paths)]
     result = {"benchmark": "draws", "images": len(image), "queries": len(paths), "draws": arguments.draws}
     for grid in GRIDS:
-        for name, changed in (("independent", lambda bank: bank), ("antithetic", antithetic)):
-            losses = [
-                bank_losses(
-                    denoiser,
-                    image,
-                    condition,
-                    changed(
-                        draw_noise_bank(
-                            arguments.draws,
-                            tuple(image.shape[1:]),  # type: ignore[arg-type]
-                            grid=grid,
-                            seed=seed,
-                            even_sigma=denoiser.even_sigma,
-                        )
-                    ),
-                    models,
+        for antithetic in (False, True):
+            banks = [
+                draw_noise_bank(
+                    arguments.draws,
+                    tuple(image.shape[1:]),  # type: ignore[arg-type]
+                    grid=grid,
+                    seed=seed,
+                    antithetic=antithetic,
+                    even_sigma=denoiser.even_sigma,
                 )
                 for seed in range(arguments.banks)
             ]
+            name = f"{grid}_{'antithetic' if antithetic else 'independent'}"
+            losses = [bank_losses(denoiser, image, condition, bank, models) for bank in banks]
             both = torch.stack(losses)  # [K, M, B, n]
             found = [noise_share(skew(both[:, 0], both[:, query])) for query in range(1, len(models))]
-            result[f"{grid}_{name}_noise_share"] = round(sum(share for share, _ in found) / len(found), 5)
-            result[f"{grid}_{name}_neyman_factor"] = round(sum(factor for _, factor in found) / len(found), 3)
+            result[f"{name}_noise_share"] = round(sum(share for share, _ in found) / len(found), 5)
+            result[f"{name}_neyman_factor"] = round(sum(factor for _, factor in found) / len(found), 3)
     print_result(result)
 
 

@@ -72,3 +72,19 @@ def test_unknown_grids_and_empty_banks_are_refused():
         grid_positions(3, "cosine")
     with pytest.raises(ValueError, match="draw"):
         draw_noise_bank(0, (1, 2, 2))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 10])
+def test_antithetic_pairs_of_neighbouring_levels_share_their_noise_with_opposite_signs(n):
+    plain, paired = (draw_noise_bank(n, (1, 4, 4), grid="full", antithetic=a) for a in (False, True))
+    order = plain.sigma.argsort(descending=True)  # the grid's
+    assert torch.equal(paired.sigma, plain.sigma)
+    for j, place in enumerate(order.tolist()):
+        partner = order[j - j % 2]
+        assert torch.equal(paired.noise[place], plain.noise[partner] * (-1 if j % 2 else 1))
+
+
+def test_antithetic_noise_cancels_what_is_odd_in_it():
+    bank = draw_noise_bank(50, (1, 4, 4), antithetic=True)
+    assert bank.noise.mean(dim=0).abs().max() < 1e-6
+    assert bank.noise.std() == pytest.approx(1, abs=0.1)

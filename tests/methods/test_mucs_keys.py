@@ -64,6 +64,7 @@ CHANGES: dict[str, list[tuple[list[str], list[str]]]] = {
     "noise_bank.sigma_max": [([], ["noise_bank.sigma_max=40"])],
     "noise_bank.rho": [([], ["noise_bank.rho=5"])],
     "noise_bank.consistent": [([], ["noise_bank.consistent=false"])],
+    "noise_bank.antithetic": [([], ["noise_bank.antithetic=true"])],
     "noise_bank.seed": [([], ["noise_bank.seed=5"])],
     "method.reducer": [
         ([], [f"method.reducer={name}"]) for name in ("ratio_of_means", "difference", "absolute_difference")

@@ -266,3 +266,16 @@ def test_speed_fast_is_the_adaptive_mode(run: Path) -> None:
     folder = attribute(run, *keys, "speed=fast")
     assert folder.name.endswith(f"mode-adaptive__num_draws-{NUM_DRAWS}__num_steps-12__top_k-{K}")
     assert "draws" in load_file(folder / "scores.safetensors")
+
+
+def test_a_race_is_planned_without_being_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(races, "REHEARSED_SECONDS", 0.0)
+    capsys.readouterr()
+    mucs("score", f"run={run}", *KEYS, *RACE, "plan=true")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "score, queries" in line]
+    assert [word for word in row.split() if word.isdigit()] == ["2", "0", "2"]
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
