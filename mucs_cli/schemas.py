@@ -307,6 +307,13 @@ class UnlearningConfig:
     micro_batch_size: int | None = option(
         None, "images a forward pass; null: the whole batch", minimum=1, affects_result=False
     )
+    stack_size: int | None = option(
+        1,
+        "queries unlearned at once, which pays for small networks with small batches; null: measured once and stored "
+        "in the run",
+        minimum=1,
+        affects_result=False,
+    )
     null_loss: str = option(
         "auto", "the bound: closed_form, monte_carlo, a number, auto (closed form where it holds), or none (no bound)"
     )

@@ -622,7 +622,7 @@ def test_a_diverging_unlearning_run_keeps_the_queries_before_it(
 
     def diverges_at_two(*arguments: object, query_id: int = 0, **keywords: object) -> UnlearningResult:
         if arguments[7] == 2:
-            raise NonFiniteLossError(3, float("nan"))
+            raise NonFiniteLossError(3, float("nan"), 2)
         return whole(*arguments, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mirrored, "unlearn", diverges_at_two)

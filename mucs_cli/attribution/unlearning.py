@@ -12,16 +12,20 @@ images and a batch of noisy copies of the query.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mucs_cli.attribution.unlearning_batch import BatchSource, InstanceWeight, RetainBatch, UnlearningBatch
+from mucs_cli.attribution.unlearning_models import Models, OneModel, StackedModels
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.runtime import smaller_batch
 
@@ -130,6 +134,13 @@ class UnlearningSettings:
     def bound(self) -> float:
         return math.inf if self.null_loss is None else self.null_loss
 
+    def new_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        make: Any = OPTIMIZERS[self.optimizer]
+        optimizer: torch.optim.Optimizer = make(
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+        return optimizer
+
 
 @dataclass
 class UnlearningStep:
@@ -148,6 +159,7 @@ class UnlearningResult:
     """num_steps: updates taken; reached_bound: whether the stop rule ended the run (None where it was not asked).
 
     base_query_loss, query_loss: the query's mean loss before and after, not clamped, under draws that no step used.
+    seconds: of computing; where queries were unlearned at once, each has its share.
     """
 
     tensors: dict[str, Tensor]
@@ -156,9 +168,10 @@ class UnlearningResult:
     log: list[UnlearningStep] = field(default_factory=list)
     base_query_loss: float = math.nan
     query_loss: float = math.nan
+    seconds: float = 0.0
 
     def summary(self) -> dict[str, float | int | bool | None]:
-        """The last batch's losses, the number of updates, whether the bound was reached, the query's loss."""
+        """The last batch's losses, the number of updates, whether the bound was reached, the query's loss, seconds."""
         last = asdict(self.log[-1]) if self.log else {"retain_loss": None, "forget_loss": None}
         last.pop("step", None)
         return {
@@ -167,15 +180,16 @@ class UnlearningResult:
             "reached_bound": self.reached_bound,
             "base_query_loss": self.base_query_loss,
             "query_loss": self.query_loss,
+            "seconds": round(self.seconds, 2),
         }
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss became infinite or not a number."""
 
-    def __init__(self, step: int, value: float):
-        super().__init__(step, value)
-        self.step, self.value = step, value
+    def __init__(self, step: int, value: float, query_id: int):
+        super().__init__(step, value, query_id)
+        self.step, self.value, self.query_id = step, value, query_id
 
 
 def unlearn(
@@ -221,10 +235,111 @@ def unlearn(
         ValueError: a preconditioner that does not fit the trainable parameters, or that comes with another optimiser
             than plain SGD; instance weights without a retain term, or not one for each training image.
     """
-    parameters = select_parameters(denoiser.network.eval(), trainable)
+    source = batch_source(
+        denoiser, query, query_condition, retain_batch, settings, seed, query_id, noise_levels, instance_weight
+    )
+    models = OneModel(denoiser, trainable, settings.new_optimizer)
+    denoiser.network.eval()
     if preconditioner is not None:
-        _check_preconditioner(preconditioner, parameters, settings)
-    draws = BatchSource(
+        _check_preconditioner(preconditioner, models.parameters, settings)
+    memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key)
+    ((_, result),) = _unlearn(models, [source], settings, on_step, memory, preconditioner)
+    return result
+
+
+def unlearn_stacked(
+    denoiser: Denoiser,
+    trainable: Sequence[str],
+    sources: Sequence[BatchSource],
+    settings: UnlearningSettings,
+    on_step: Callable[[UnlearningStep], None] | None = None,
+    *,
+    micro_batch_key: str = "unlearning.micro_batch_size",
+) -> Iterator[tuple[int, UnlearningResult]]:
+    """Unlearns several queries at once, with stacked parameters; each as ``unlearn`` does, but for rounding.
+
+    A query that has stopped leaves the stack, so that nothing of it moves any more. The denoiser keeps its weights; its
+    network is put into evaluation mode.
+
+    Args:
+        denoiser, trainable, settings, micro_batch_key: as in ``unlearn``.
+        sources: each query's batches, from ``batch_source``.
+        on_step: called with each step's losses, query by query.
+    Yields:
+        A query's id and its result, as soon as it has stopped.
+    Raises:
+        NonFiniteLossError: as in ``unlearn``; the queries that have not stopped yet are lost.
+    """
+    denoiser.network.eval()
+    models = StackedModels(denoiser, trainable, settings.new_optimizer, len(sources))
+    yield from _unlearn(models, sources, settings, on_step, _MemoryLimit(settings.micro_batch_size, micro_batch_key))
+
+
+LONG_STEP = 0.1
+"""Seconds of a step, one query at a time, above which a stack is not tried: arithmetic takes the time, not calls."""
+WORTHWHILE_GAIN = 1.2
+"""How many times faster a full stack has to be: it loses some of that as its queries stop."""
+
+
+def choose_stack_size(
+    step_seconds: Callable[[int], float], num_queries: int, candidates: Sequence[int] = (4, 16)
+) -> int:
+    """How many queries to unlearn at once: 1 unless a stack is clearly faster.
+
+    Args:
+        step_seconds: how many queries at once -> seconds a query of one step.
+        num_queries: how many there are.
+        candidates: sizes to try, as far as there are queries.
+    """
+    if num_queries == 1:
+        return 1
+    alone = step_seconds(1)
+    if alone > LONG_STEP:
+        return 1
+    seconds = {size: step_seconds(size) for size in {min(size, num_queries) for size in candidates}}
+    best = min(seconds, key=lambda size: seconds[size])
+    return best if seconds[best] * WORTHWHILE_GAIN <= alone else 1
+
+
+def step_seconds(
+    denoiser: Denoiser, trainable: Sequence[str], sources: Sequence[BatchSource], settings: UnlearningSettings
+) -> float:
+    """Seconds a query of one step, of one query in place or of several stacked; no weight moves.
+
+    Args:
+        denoiser, trainable, sources, settings: as in ``unlearn_stacked``.
+    """
+    starts: dict[int, float] = {}
+
+    def note(step: UnlearningStep) -> None:
+        starts.setdefault(step.step, time.perf_counter())
+
+    denoiser.network.eval()
+    still = replace(settings, learning_rate=0.0, num_steps=4)
+    models: Models = (
+        OneModel(denoiser, trainable, still.new_optimizer)
+        if len(sources) == 1
+        else StackedModels(denoiser, trainable, still.new_optimizer, len(sources))
+    )
+    memory = _MemoryLimit(settings.micro_batch_size, "unlearning.micro_batch_size")
+    for _ in _unlearn(models, sources, still, note, memory):
+        pass
+    return min(later - earlier for earlier, later in pairwise(starts.values())) / len(sources)
+
+
+def batch_source(
+    denoiser: Denoiser,
+    query: Tensor,
+    query_condition: Tensor | None,
+    retain_batch: RetainBatch | None,
+    settings: UnlearningSettings,
+    seed: int,
+    query_id: int,
+    noise_levels: Tensor | None = None,
+    instance_weight: InstanceWeight | None = None,
+) -> BatchSource:
+    """The batches of a run with these settings; arguments as in ``unlearn``."""
+    return BatchSource(
         denoiser,
         query,
         query_condition,
@@ -239,60 +354,97 @@ def unlearn(
         augmentation=settings.augmentation,
         instance_weight=instance_weight,
     )
-    probe = draws.probe()
-    make_optimizer: Any = OPTIMIZERS[settings.optimizer]
-    optimizer = make_optimizer(
-        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One query on its way: where its batches come from, the draws of its own loss, and what is known so far."""
+
+    source: BatchSource
+    probe: UnlearningBatch
+    result: UnlearningResult
+
+
+def _unlearn(
+    models: Models,
+    sources: Sequence[BatchSource],
+    settings: UnlearningSettings,
+    on_step: Callable[[UnlearningStep], None] | None,
+    memory: "_MemoryLimit",
+    preconditioner: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[int, UnlearningResult]]:
+    """Steps all models together, and yields each query's result as soon as it has stopped."""
+    has_rule = settings.num_steps is None
     limit = settings.max_steps if settings.num_steps is None else settings.num_steps
-    result = UnlearningResult({}, 0, None if settings.num_steps is not None else False)
-    for step in range(limit + 1 if settings.num_steps is None else limit):
-        first = draws.batch(step, 0)
-        work = partial(_accumulate_gradient, denoiser, partial(draws.batches, step, first), settings)
-        retain_loss, forget_loss = memory.run(work, len(first))
-        for value in (retain_loss, forget_loss):
-            if value is not None and not math.isfinite(value):
-                raise NonFiniteLossError(step, value)
-        result.log.append(UnlearningStep(step, retain_loss, forget_loss))
-        if on_step is not None:
-            on_step(result.log[-1])
-        if settings.num_steps is None:
-            if forget_loss >= settings.tolerance * settings.bound:
-                result.reached_bound = True
-                break
-            if step == limit:
-                break
-        if step == 0:  # not before: the first batch has settled what fits into memory
-            result.base_query_loss = memory.run(partial(_mean_loss, denoiser, probe), len(probe))
-        if preconditioner is not None:
-            _multiply_gradient(parameters, preconditioner)
-        optimizer.step()
-        result.num_steps += 1
-    optimizer.zero_grad()
-    result.query_loss = memory.run(partial(_mean_loss, denoiser, probe), len(probe))
-    if result.num_steps == 0:
-        result.base_query_loss = result.query_loss
-    if not math.isfinite(result.query_loss):
-        raise NonFiniteLossError(result.num_steps, result.query_loss)
-    result.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return result
+    runs = [_Run(source, source.probe(), UnlearningResult({}, 0, False if has_rule else None)) for source in sources]
+    for step in range(limit + 1 if has_rule else limit):
+        with _shared_time(runs):
+            first = [run.source.batch(step, 0) for run in runs]
+            work = partial(_accumulate_gradient, models, [run.source for run in runs], step, first, settings)
+            for run, losses in zip(runs, memory.run(work, len(first[0])), strict=True):
+                _record(run, UnlearningStep(step, *losses), on_step)
+        if has_rule:
+            for run in runs:
+                run.result.reached_bound = run.result.log[-1].forget_loss >= settings.tolerance * settings.bound
+            going = [row for row, run in enumerate(runs) if not run.result.reached_bound and step < limit]
+            yield from _finished(models, runs, [row for row in range(len(runs)) if row not in going], memory)
+            if not going:
+                return
+            if len(going) < len(runs):
+                models, runs = models.kept(going), [runs[row] for row in going]
+        with _shared_time(runs):
+            if step == 0:  # not before: the first batch has settled what fits into memory
+                _measure(models, runs, "base_query_loss", memory)
+            if preconditioner is not None:
+                _multiply_gradient(models.parameters, preconditioner)
+            models.optimizer.step()
+        for run in runs:
+            run.result.num_steps += 1
+    yield from _finished(models, runs, range(len(runs)), memory)
 
 
-def select_parameters(network: nn.Module, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Lets gradients flow to the named parameters only, and returns them by name."""
-    wanted = set(trainable)
-    chosen = {}
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in wanted)
-        parameter.grad = None
-        if name in wanted:
-            chosen[name] = parameter
-    return chosen
+@contextmanager
+def _shared_time(runs: Sequence[_Run]) -> Iterator[None]:
+    """Divides the time that the block takes among the runs."""
+    started = time.perf_counter()
+    yield
+    share = (time.perf_counter() - started) / len(runs)
+    for run in runs:
+        run.result.seconds += share
+
+
+def _record(run: _Run, step: UnlearningStep, on_step: Callable[[UnlearningStep], None] | None) -> None:
+    """Adds a step to the log; raises NonFiniteLossError."""
+    for value in (step.retain_loss, step.forget_loss):
+        if value is not None and not math.isfinite(value):
+            raise NonFiniteLossError(step.step, value, run.source.query_id)
+    run.result.log.append(step)
+    if on_step is not None:
+        on_step(step)
+
+
+def _finished(
+    models: Models, runs: Sequence[_Run], rows: Sequence[int], memory: "_MemoryLimit"
+) -> Iterator[tuple[int, UnlearningResult]]:
+    """The results of the runs that have stopped, with their tensors and their queries' losses."""
+    if not rows:
+        return
+    models, runs = models.kept(rows), [runs[row] for row in rows]
+    models.optimizer.zero_grad()
+    with _shared_time(runs):
+        _measure(models, runs, "query_loss", memory)
+    for row, run in enumerate(runs):
+        result = run.result
+        if result.num_steps == 0:
+            result.base_query_loss = result.query_loss
+        if not math.isfinite(result.query_loss):
+            raise NonFiniteLossError(result.num_steps, result.query_loss, run.source.query_id)
+        result.tensors = models.tensors(row)
+        yield run.source.query_id, result
 
 
 def _check_preconditioner(
-    preconditioner: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], settings: UnlearningSettings
+    preconditioner: Mapping[str, Tensor], parameters: Mapping[str, Tensor], settings: UnlearningSettings
 ) -> None:
     """Raises ValueError unless the factors fit the parameters and the update is theirs alone."""
     if settings.optimizer != "sgd" or settings.weight_decay:
@@ -303,7 +455,7 @@ def _check_preconditioner(
             raise ValueError(f"preconditioner of {name}: {got}; expected the shape {tuple(parameter.shape)}")
 
 
-def _multiply_gradient(parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor]) -> None:
+def _multiply_gradient(parameters: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
     """In float64: an inverse Fisher spans more orders of magnitude than its product with the gradient."""
     for name, parameter in parameters.items():
         if parameter.grad is not None:
@@ -326,49 +478,59 @@ class _MemoryLimit:
                 self.size = smaller_batch(error, size, self.key)
 
 
-def _losses(denoiser: Denoiser, batch: UnlearningBatch, part: slice) -> Tensor:
-    condition = None if batch.condition is None else batch.condition[part]
-    augmentation = None if batch.augmentation is None else batch.augmentation[part]
-    return denoiser.loss(batch.image[part], batch.noise[part], batch.sigma[part], condition, augmentation)
-
-
 def _accumulate_gradient(
-    denoiser: Denoiser,
-    batches: Callable[[], Iterable[UnlearningBatch]],
+    models: Models,
+    sources: Sequence[BatchSource],
+    step: int,
+    first: Sequence[UnlearningBatch],
     settings: UnlearningSettings,
     micro_batch_size: int,
-) -> tuple[float | None, float]:
-    """Leaves the objective's gradient in the parameters; returns the mean retain and the mean clamped forget loss."""
-    denoiser.network.zero_grad(set_to_none=True)
+) -> list[tuple[float | None, float]]:
+    """Leaves the objective's gradient in the parameters.
+
+    Args:
+        first: each model's first batch of the step, which is at hand; the others are made one after the other.
+    Returns:
+        Each model's mean retain loss and mean clamped forget loss.
+    """
+    models.optimizer.zero_grad()
     retain_losses, forget_losses = [], []
-    for batch in batches():
-        total, retained = len(batch), batch.num_retain
-        forgets = torch.arange(total, device=batch.image.device) >= retained
-        weight = batch.sigma.new_full((total,), -settings.forget_weight / (total - retained) / settings.num_batches)
+    for index in range(settings.num_batches):
+        batches = [source.batch(step, index) for source in sources] if index else first
+        total, retained = len(batches[0]), batches[0].num_retain
+        sigma = batches[0].sigma
+        forgets = torch.arange(total, device=sigma.device) >= retained
+        share = sigma.new_ones(len(batches), total)  # of the images in their own term, [M, B]
+        if batches[0].retain_weight is not None:
+            share[:, :retained] = torch.stack([batch.retain_weight for batch in batches])  # type: ignore[misc]
+        factor = sigma.new_full((total,), -settings.forget_weight / (total - retained) / settings.num_batches)
         if retained:
-            weight[:retained] = 1 / retained / settings.num_batches
-        if batch.retain_weight is not None:
-            weight[:retained] *= batch.retain_weight
+            factor[:retained] = 1 / retained / settings.num_batches
         values = []
         for start in range(0, total, micro_batch_size):
             part = slice(start, start + micro_batch_size)
-            loss = _losses(denoiser, batch, part)
+            loss = models.losses(batches, part)
             clamped = torch.where(forgets[part], loss.clamp(max=settings.bound), loss)
-            (clamped * weight[part]).sum().backward()
+            (clamped * (share * factor)[:, part]).sum().backward()
             values.append(clamped.detach())
-        losses = torch.cat(values).double()
-        forget_losses.append(float(losses[retained:].mean()))
+        losses = torch.cat(values, dim=1).double() * share
+        forget_losses.append(losses[:, retained:].mean(dim=1))
         if retained:
-            kept = losses[:retained]
-            if batch.retain_weight is not None:
-                kept = kept * batch.retain_weight
-            retain_losses.append(float(kept.mean()))
-    retain_loss = sum(retain_losses) / len(retain_losses) if retain_losses else None
-    return retain_loss, sum(forget_losses) / len(forget_losses)
+            retain_losses.append(losses[:, :retained].mean(dim=1))
+    forget = torch.stack(forget_losses).mean(dim=0).tolist()
+    retain = torch.stack(retain_losses).mean(dim=0).tolist() if retain_losses else [None] * len(forget)
+    return list(zip(retain, forget, strict=True))
 
 
-@torch.no_grad()
-def _mean_loss(denoiser: Denoiser, batch: UnlearningBatch, micro_batch_size: int) -> float:
-    """The mean loss of a batch, not clamped."""
-    starts = range(0, len(batch), micro_batch_size)
-    return float(torch.cat([_losses(denoiser, batch, slice(i, i + micro_batch_size)) for i in starts]).double().mean())
+def _measure(models: Models, runs: Sequence[_Run], name: str, memory: _MemoryLimit) -> None:
+    """Stores every query's mean loss under its probe, not clamped, as ``name`` of its result."""
+    probes = [run.probe for run in runs]
+
+    @torch.no_grad()
+    def mean_losses(micro_batch_size: int) -> list[float]:
+        starts = range(0, len(probes[0]), micro_batch_size)
+        losses = torch.cat([models.losses(probes, slice(i, i + micro_batch_size)) for i in starts], dim=1)
+        return losses.double().mean(dim=1).tolist()
+
+    for run, loss in zip(runs, memory.run(mean_losses, len(probes[0])), strict=True):
+        setattr(run.result, name, loss)

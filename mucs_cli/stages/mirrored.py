@@ -1,19 +1,29 @@
 """MUCS's unlearning in a run: the bound, the retain batches, and the engine's settings from the configuration."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint
 from mucs_cli.attribution.null_loss import BATCH_SIZE, MAX_BATCHES, monte_carlo_null_loss
-from mucs_cli.attribution.unlearning import UnlearningResult, UnlearningSettings, unlearn
-from mucs_cli.attribution.unlearning_batch import InstanceWeight, RetainBatch, similarity_weight
+from mucs_cli.attribution.unlearning import (
+    UnlearningResult,
+    UnlearningSettings,
+    batch_source,
+    choose_stack_size,
+    step_seconds,
+    unlearn,
+    unlearn_stacked,
+)
+from mucs_cli.attribution.unlearning_batch import BatchSource, InstanceWeight, RetainBatch, similarity_weight
 from mucs_cli.config import NULL_LOSSES, number_or_word
 from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder
-from mucs_cli.runtime import log
+from mucs_cli.runtime import is_out_of_memory, log, smaller_batch
 from mucs_cli.stages.engine import prepare_bank
+from mucs_cli.stages.loading import machine_facts, save_machine_facts
 from mucs_cli.stages.unlearner import Unlearner, choose_trainable
 from mucs_cli.stages.work import Work
 
@@ -33,6 +43,7 @@ class MirroredUnlearner(Unlearner):
                 "unlearning.null_loss",
                 "got closed_form; this network's output does not start at zero, so that it has none. Use monte_carlo.",
             )
+        self.stack_size = 1  # until it is prepared
         self.noise_levels: Tensor | None = None
         if config.schedule == "grid":
             bank, _ = prepare_bank(work.context, work.config.noise_bank, work.inputs)
@@ -42,9 +53,11 @@ class MirroredUnlearner(Unlearner):
     def prepare(self) -> None:
         super().prepare()
         config = self.work.config.unlearning
-        bound, self.source = self.null_loss()
+        bound, self.null_loss_source = self.null_loss()
         shown = "none" if bound is None else f"{bound:.4f}"
-        log.info("unlearn: bound (null loss) %s, %s; %d trainable tensors", shown, self.source, len(self.trainable))
+        log.info(
+            "unlearn: bound (null loss) %s, %s; %d trainable tensors", shown, self.null_loss_source, len(self.trainable)
+        )
         log.debug("trainable: %s", ", ".join(self.trainable))
         self.settings = UnlearningSettings(
             null_loss=bound,
@@ -61,6 +74,7 @@ class MirroredUnlearner(Unlearner):
             horizontal_flip=config.horizontal_flip,
             augmentation=config.augmentation,
         )
+        self.stack_size = self._stack_size()
 
     def null_loss(self) -> tuple[float | None, str]:
         """The bound, and its source: a number, the closed form of a zero head, Monte Carlo over the initial weights."""
@@ -86,6 +100,69 @@ class MirroredUnlearner(Unlearner):
 
         loss = monte_carlo_null_loss(fresh, batches(), seed, self.work.inputs.device)
         return loss, "Monte Carlo over the model's initial weights"
+
+    def results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
+        left = list(queries)
+        while left:
+            chosen = left[: self.stack_size]
+            try:
+                for query, result in super().results(chosen) if len(chosen) == 1 else self.stacked_results(chosen):
+                    left.remove(query)
+                    yield query, result
+            except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
+                self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")
+
+    def stacked_results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
+        """The queries unlearned at once, each result as soon as its query has stopped."""
+        self.restore()
+        sources = [self.source(query) for query in queries]
+        with self.divergence_named():
+            yield from unlearn_stacked(
+                self.work.inputs.model.denoiser, self.trainable, sources, self.settings, self.on_step
+            )
+
+    def source(self, query: int) -> BatchSource:
+        """A query's batches, the same as in ``unlearn``."""
+        image, condition = self.query(query)
+        retain_batch = self.retain_batches(query)
+        return batch_source(
+            self.work.inputs.model.denoiser,
+            image,
+            condition,
+            retain_batch,
+            self.settings,
+            self.work.config.unlearning.seed,
+            query,
+            self.noise_levels,
+            self.instance_weight(image, retain_batch),
+        )
+
+    def _stack_size(self) -> int:
+        """From the config, else from the run's earlier measurement, else measured now and stored in the run."""
+        config, run, queries = self.work.config.unlearning, self.work.context.run, self.work.queries.selected
+        if config.stack_size is not None:
+            return int(config.stack_size)
+        what = (self.work.inputs.device.type, config.retain_batch_size, config.forget_batch_size, len(queries))
+        key = "/".join(map(str, [*what, fingerprint(self.trainable)[:16]]))
+        facts = machine_facts(run)
+        known = facts.get("unlearning_stack_size", {})
+        if key not in known:
+            with self.divergence_named():
+                size = choose_stack_size(self._step_seconds, len(queries))
+            log.info("unlearn: %d queries at once (measured; kept in machine.json)", size)
+            known = {**known, key: size}
+            save_machine_facts(run, {**facts, "unlearning_stack_size": known})
+        return int(known[key])
+
+    def _step_seconds(self, count: int) -> float:
+        """Seconds a query of a step with the first queries at once; infinity where they do not fit into memory."""
+        sources = [self.source(query) for query in self.work.queries.selected[:count]]
+        try:
+            return step_seconds(self.work.inputs.model.denoiser, self.trainable, sources, self.settings)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return math.inf
+            raise
 
     def unlearn(self, query: int) -> UnlearningResult:
         image, condition = self.query(query)
@@ -128,5 +205,6 @@ class MirroredUnlearner(Unlearner):
             "seeds": {"unlearning": self.work.config.unlearning.seed},
             "learning_rate": self.settings.learning_rate,
             "null_loss": self.settings.null_loss,
-            "null_loss_source": self.source,
+            "null_loss_source": self.null_loss_source,
+            "stack_size": self.stack_size,
         }

@@ -1,7 +1,6 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
 import json
-import time
 from pathlib import Path
 from statistics import median
 
@@ -56,12 +55,10 @@ def run(context: Context) -> None:
                 f"step {step.step}, forget loss {step.forget_loss:.3f}",
                 min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step),
             )
-            for query in todo:
-                started = time.monotonic()
-                result = unlearner.result(query)
+            for query, result in unlearner.results(todo):
                 write_tensors(query_file(folder, query), result.tensors)
                 append_log(folder / "log.jsonl", query, result)
-                summary = result.summary() | {"seconds": round(time.monotonic() - started, 2)}
+                summary = result.summary()
                 results[query] = {"query": query, **summary}
                 stage.save_progress(stage.progress | {str(query): summary})
                 progress.advance(note=describe(result))

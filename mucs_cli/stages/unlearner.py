@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,13 +63,28 @@ class Unlearner(ABC):
             UserError: the losses have become infinite.
         """
         self.restore()
-        try:
+        with self.divergence_named():
             return self.unlearn(query)
+
+    def results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
+        """Every query's result, as soon as it is there.
+
+        Raises:
+            UserError: as ``result``.
+        """
+        for query in queries:
+            yield query, self.result(query)
+
+    @contextmanager
+    def divergence_named(self) -> Iterator[None]:
+        """Turns a loss that is not finite into a UserError."""
+        try:
+            yield
         except NonFiniteLossError as error:
             raise UserError(
                 self.learning_rate_key,
-                f"got a non-finite loss ({error.value}) at step {error.step} of query {query} "
-                f"with {self.facts()['learning_rate']:g}. Lower it; the queries before are kept.",
+                f"got a non-finite loss ({error.value}) at step {error.step} of query {error.query_id} "
+                f"with {self.facts()['learning_rate']:g}. Lower it; the queries that were finished are kept.",
             ) from error
 
     def share_done(self, step: UnlearningStep) -> float:

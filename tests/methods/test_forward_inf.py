@@ -24,7 +24,7 @@ from unlearning_runs import (
     unlearned_of,
 )
 
-from mucs_cli.attribution import unlearning
+from mucs_cli.attribution import unlearning_models
 
 SMALL = ["method=forward_inf", "noise_bank.num_draws=3", "score.batch_size=48", "method.forget_batch_size=20"]
 ONE_STEP = [*SMALL, "method.num_steps=1", "method.optimizer=sgd"]
@@ -186,7 +186,7 @@ def test_running_out_of_memory_names_the_methods_own_key(
     def starved(*arguments: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(unlearning, "_losses", starved)
+    monkeypatch.setattr(unlearning_models, "batch_losses", starved)
     line = fails(capsys, "unlearn", f"run={run}", SMALL[0], "method.seed=78")
     assert line.startswith("mucs: error: method.micro_batch_size: got out of memory at 1, the smallest batch.")
 

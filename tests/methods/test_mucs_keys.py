@@ -72,8 +72,8 @@ CHANGES: dict[str, list[tuple[list[str], list[str]]]] = {
     "method.epsilon": [([], ["method.epsilon=0.1"])],
 }
 """Key -> pairs of settings that differ in it alone; the first of a pair is the default where it is empty."""
-WITHOUT_EFFECT = ("unlearning.micro_batch_size", "method.name")
-"""The other keys: the first must not change anything, the second selects the method."""
+WITHOUT_EFFECT = ("unlearning.micro_batch_size", "unlearning.stack_size", "method.name")
+"""The other keys: the first two must not change anything, the last selects the method."""
 SECTIONS: dict[str, type[Any]] = {"unlearning": UnlearningConfig, "noise_bank": NoiseBankConfig, "method": MUCSConfig}
 
 
@@ -124,7 +124,7 @@ def test_the_list_of_keys_is_complete() -> None:
         for entry in fields(schema)
         if not entry.metadata["affects_result"]
     }
-    assert silent == {"unlearning.micro_batch_size"}
+    assert silent == {"unlearning.micro_batch_size", "unlearning.stack_size"}
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -164,6 +164,7 @@ def test_sizes_of_forward_passes_and_what_is_kept_leave_the_scores_as_they_are(
     again = Path(shutil.copytree(finished, tmp_path / "digits"))
     sizes = [
         "unlearning.micro_batch_size=3",
+        "unlearning.stack_size=2",
         "score.batch_size=16",
         "score.memory_budget=1e-9",
         "score.keep_losses=true",
