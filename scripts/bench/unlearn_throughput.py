@@ -188,7 +188,7 @@ def main() -> None:
         "query_seconds": round(statistics.median(query), 3),
         **{f"stack_{count}_step_seconds": round(statistics.median(seconds), 5) for count, seconds in stacked.items()},
         **{f"stack_{count}_gain": round(alone / statistics.median(seconds), 3) for count, seconds in stacked.items()},
-        "chosen_stack_size": choose_stack_size(measured, max(stacked, default=1)),
+        **({"chosen_stack_size": choose_stack_size(measured, max(stacked))} if stacked else {}),
     }
     print_result(result)
 
