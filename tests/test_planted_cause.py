@@ -8,7 +8,8 @@ from sklearn.datasets import load_digits
 
 from mucs_cli.attribution.scoring import bank_losses
 from mucs_cli.attribution.skew import mean_skew
-from mucs_cli.attribution.unlearning import UnlearningSettings, trainable_names, unlearn
+from mucs_cli.attribution.trainable import trainable_names
+from mucs_cli.attribution.unlearning import UnlearningSettings, unlearn
 from mucs_cli.diffusion.denoiser import EDMDenoiser
 from mucs_cli.diffusion.networks import DiT, UNet
 from mucs_cli.diffusion.noise_bank import draw_noise_bank

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mucs_cli.attribution.unlearning import (
-    NonFiniteLossError,
-    UnlearningResult,
-    UnlearningSettings,
-    UnlearningStep,
-    trainable_names,
-)
+from mucs_cli.attribution.trainable import trainable_names
+from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, UnlearningSettings, UnlearningStep
 from mucs_cli.errors import UserError
 from mucs_cli.stages.work import Work
 

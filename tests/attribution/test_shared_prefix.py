@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mucs_cli.attribution.scoring import bank_losses, independent_noise
-from mucs_cli.attribution.unlearning import trainable_names
+from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
 from mucs_cli.diffusion.networks import DiT, TransformerBlock, UNet

@@ -11,7 +11,8 @@ from torch import nn
 
 from mucs_cli.attribution.fisher import DiagonalFisher, damped_inverse
 from mucs_cli.attribution.reducers import reduce
-from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningSettings, trainable_names, unlearn
+from mucs_cli.attribution.trainable import trainable_names
+from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningSettings, unlearn
 from mucs_cli.attribution.unlearning_batch import BatchSource, similarity_weight
 from mucs_cli.diffusion.denoiser import EDMDenoiser
 from mucs_cli.diffusion.networks import DiT, UNet

@@ -9,13 +9,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import (
     NonFiniteLossError,
     UnlearningSettings,
     batch_source,
     choose_stack_size,
     step_seconds,
-    trainable_names,
     unlearn,
     unlearn_stacked,
 )

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from mucs_cli.attribution.unlearning import trainable_names
+from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.diffusion.augmentation import augment
 from mucs_cli.diffusion.checkpoint import load_denoiser, save_denoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
