@@ -116,13 +116,14 @@ def headline(results: RunResults, configs: Sequence[dict[str, Any]]) -> list[tup
     seconds = [manifest.get("seconds") or 0 for manifest in stage_manifests(results).values()]
     first = results.variants[0]
     draws = list(dict.fromkeys(c["noise_bank.num_draws"] for c in configs if "noise_bank.num_draws" in c))
+    up_to = "up to " if any(variant.num_settled for variant in results.variants) else ""
     queries = all_queries(results.variants)
     held_out = sum(map(results.is_held_out, queries))
     found = [
         ("generated images", value_text(len(queries) - held_out)),
         *([("held-out images", value_text(held_out))] if held_out else []),
         ("training images scored", value_text(len(first.example_ids))),
-        ("noise draws an image", value_text(draws[0] if len(draws) == 1 else draws)),
+        ("noise draws an image", up_to + value_text(draws[0] if len(draws) == 1 else draws)),
         (
             "variants" if len(results.variants) > 1 else "variant",
             value_text([v.name for v in results.variants])

@@ -210,7 +210,9 @@ def test_only_settled_places_are_shown_and_evaluated(run: Path, capsys: pytest.C
     assert settled in fails(capsys, "evaluate", "evaluation=overlap", f"run={run}", "evaluation.k=4")
     assert settled in fails(capsys, "evaluate", "evaluation=counterfactual", f"run={run}", "evaluation.k=4")
     mucs("report", f"run={run}", f"report.k={K}", f"report.group_k={K}")
-    assert "settled the 3 highest scores of each query by a race" in (run / "report" / "index.html").read_text()
+    page = (run / "report" / "index.html").read_text()
+    assert "settled the 3 highest scores of each query by a race" in page
+    assert f"up to {NUM_DRAWS}" in page
 
 
 @pytest.mark.parametrize(
