@@ -26,3 +26,10 @@ def test_the_copies_of_the_query_rank_first(method: str, run: Path) -> None:
     assert {Path(file).stem for file in ranked[:NUM_COPIES]} == {f"copy_{i}" for i in range(NUM_COPIES)}
     scores = scores_in(folder)[0].sort(descending=True).values
     assert float(scores[NUM_COPIES - 1] - scores[NUM_COPIES]) > 0.1 * float(scores.std())
+
+
+def test_a_race_for_the_first_places_finds_the_copies(run: Path) -> None:
+    race = ["score.mode=adaptive", f"score.top_k={NUM_COPIES}", f"score.group_k={NUM_COPIES}"]
+    folder = attribute(run, *METHODS["mucs"], "score.batch_size=64", *race)
+    ranked = [row["file"] for row in csv.DictReader((folder / "top.csv").open())]
+    assert sorted(Path(file).stem for file in ranked) == [f"copy_{i}" for i in range(NUM_COPIES)]
