@@ -20,6 +20,7 @@ from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.attribution.skew import mean_over_draws
 from mucs_cli.errors import UserError
+from mucs_cli.evaluation.measures.removal import default_count
 from mucs_cli.reporting.groups import choose_k
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
@@ -303,11 +304,11 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def top_k(asked: int | None, num_images: int) -> int:
-    """How many highest scores are settled; by default two times 1 % of the images, at least 50, at most all.
+    """How many highest scores are settled; by default as many as counterfactual retraining removes, at least 50.
 
     Raises:
         UserError: more are asked for than there are.
     """
     if asked is None:
-        return min(max(MIN_TOP_K, 2 * round(num_images / 100)), num_images)
+        return min(max(MIN_TOP_K, default_count(num_images)), num_images)
     return choose_k(asked, num_images, "score.top_k")
