@@ -344,6 +344,8 @@ def check_across(config: Any) -> None:
         raise UserError(
             "noise_bank.antithetic", "got true with consistent=false, where no draw shares its noise. Leave one out."
         )
+    if config.score.mode == "adaptive" and METHODS[config.method.name].can_race:
+        check_race(config)
     check_trainable(config.unlearning, "unlearning")
     if hasattr(config.method, "trainable"):
         check_trainable(config.method, "method")
@@ -354,6 +356,26 @@ def check_across(config: Any) -> None:
         for stage in config.stages:
             if stage not in COMMANDS or stage in ("run", "show", "status"):
                 raise UserError("stages", f"got {stage!r}; expected train, sample, unlearn, score, evaluate or report.")
+
+
+RACING_REDUCERS = ("skew", "difference")
+"""Those that are the mean over draws of a value of each draw."""
+
+
+def check_race(config: PipelineConfig) -> None:
+    """Refuses what ``score.mode=adaptive`` cannot race over."""
+    reducer = getattr(config.method, "reducer", "skew")
+    if reducer not in RACING_REDUCERS:
+        raise UserError(
+            "score.mode",
+            f"got adaptive with method.reducer={reducer}, which is no mean over draws; expected "
+            f"{' or '.join(RACING_REDUCERS)}. Use score.mode=exact.",
+        )
+    if not config.noise_bank.consistent:
+        raise UserError(
+            "score.mode",
+            "got adaptive with noise_bank.consistent=false, where images share no draws. Use score.mode=exact.",
+        )
 
 
 def check_trainable(section: Any, name: str) -> None:

@@ -93,7 +93,10 @@ def draw_noise_bank(
         if nearest_sigma is not None:
             sigma = nearest_sigma(sigma)
         sigma = sigma.float()
-    order = spanning_order(num_draws)
+    if antithetic:  # the two of a pair one after the other: a prefix of the bank has whole pairs
+        order = [j for i in spanning_order(math.ceil(num_draws / 2)) for j in (2 * i, 2 * i + 1) if j < num_draws]
+    else:
+        order = spanning_order(num_draws)
 
     def noise_of(j: int) -> Tensor:
         if antithetic and j % 2:

@@ -94,11 +94,15 @@ class RunGroups:
     def __init__(self, results: RunResults, group_by: Sequence[str] | None, group_k: int | None, exclude_exact: bool):
         first = results.variants[0]
         self.k = choose_k(group_k, len(first.example_ids), "report.group_k")
+        if group_k is None:
+            self.k = min(self.k, *(variant.num_settled or self.k for variant in results.variants))
         self.columns = list(choose_groupings(group_by, columns_of(results, first), "report.group_by"))
         self.variant_names = results.variant_names
         self.scores: dict[tuple[str, str, int], list[GroupScore]] = {}
         """(variant, column, query) -> its groups."""
         for variant in results.variants:
+            copies = max((len(results.exact_copies[query]) for query in variant.query_ids), default=0)
+            variant.require_settled(self.k, "report.group_k", copies if exclude_exact else 0)
             groupings = choose_groupings(self.columns, columns_of(results, variant), "report.group_by")
             for column, grouping in groupings.items():
                 for query in variant.query_ids:

@@ -83,6 +83,21 @@ class Variant:
         count: int | None = self.manifest.get("top_k")
         return count
 
+    def require_settled(self, k: int, key: str, left_out: int = 0) -> None:
+        """Raises UserError where the race over draws has not settled the ``k`` highest scores.
+
+        Args:
+            key: the configuration key that ``k`` came from.
+            left_out: how many of the highest do not count.
+        """
+        if self.num_settled is not None and k + left_out > self.num_settled:
+            among = ", exact copies of the query among them" if left_out else ""
+            raise UserError(
+                key,
+                f"got {k}; score.mode=adaptive has settled the {self.num_settled} highest scores of {self.name}{among}"
+                ", no more. Choose fewer.",
+            )
+
     @property
     def null_loss(self) -> float | None:
         """The bound of its unlearning; None without unlearning or bound."""
@@ -337,13 +352,7 @@ class RunResults:
                 "bottom",
                 f"got true; score.mode=adaptive has not settled the lowest scores of {variant.name}. Leave it out.",
             )
-        if variant.num_settled is not None and k + (len(copies) if exclude_exact else 0) > variant.num_settled:
-            among = ", exact copies of the query among them" if exclude_exact and copies else ""
-            raise UserError(
-                key,
-                f"got {k}; score.mode=adaptive has settled the {variant.num_settled} highest scores of {variant.name}"
-                f"{among}, no more. Choose fewer.",
-            )
+        variant.require_settled(k, key, len(copies) if exclude_exact else 0)
         ranks = range(len(order) - 1, len(order) - k - 1, -1) if bottom else range(k)
         return [self._ranked(variant, scores, copies, int(order[position]), position + 1) for position in ranks]
 

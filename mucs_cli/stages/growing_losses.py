@@ -12,31 +12,38 @@ from mucs_cli.locks import locked
 from mucs_cli.stages.engine import BASE_MODEL, Engine, loss_inputs
 from mucs_cli.stages.work import Work
 
+GROWING = "_growing"
+"""The folder below ``score/`` that holds the files."""
+
 
 class GrowingLosses:
-    """Losses [N, n] of the base model in a file that grows.
+    """Losses [N, n] of the base model, in memory and in a file that grows.
 
-    A row is believed where its checksum is right: after a crash, or where another process is just writing the same
-    numbers, it is computed again.
+    A row of the file is believed where its checksum is right; after a crash it is computed again. Processes that share
+    the file add to it one after the other, and read it once.
 
     Args:
         work: names dataset and base model.
         engine: computes them.
         bank_print: the bank's fingerprint.
     Attributes:
-        loss: [N, n], float32, memory-mapped; NaN where nothing was computed.
+        loss: [N, n], float32; NaN where nothing is known.
     """
 
     def __init__(self, work: Work, engine: Engine, bank_print: str):
         self.engine = engine
         shape = (engine.num_images, len(engine.bank))
         inputs = loss_inputs(work, engine, bank_print, BASE_MODEL)
-        path = work.context.folder("score", "_growing", fingerprint(inputs)[:16], "losses.safetensors")
-        create(path, shape)
-        self.loss = map_tensor(path, "loss", writable=True)
-        self.check = map_tensor(path, "crc32", writable=True)
-        checks = np.fromiter((zlib.crc32(row) for row in np.asarray(self.loss)), np.int64, shape[0])
-        self.believed = checks == self.check
+        self.path = work.context.folder("score", GROWING, fingerprint(inputs)[:16], "losses.growing")
+        with locked(self.path.parent):
+            if not self.path.exists():
+                create(self.path, shape)
+            shared, check = self._maps()
+            self.loss: NDArray[np.float32] = np.array(shared)
+            self.loss[[zlib.crc32(row) for row in self.loss] != np.asarray(check)] = np.nan
+
+    def _maps(self) -> tuple[np.memmap, np.memmap]:
+        return map_tensor(self.path, "loss", writable=True), map_tensor(self.path, "crc32", writable=True)
 
     def require(self, rows: NDArray[np.int64], draws: NDArray[np.int64]) -> None:
         """Computes and keeps what is missing of the losses of pairs of a training row and a draw, [P] each.
@@ -44,7 +51,7 @@ class GrowingLosses:
         Raises:
             UserError: one is not finite.
         """
-        missing = ~self.believed[rows] | np.isnan(self.loss[rows, draws])
+        missing = np.isnan(self.loss[rows, draws])
         if missing.any():
             self._compute(rows[missing], draws[missing])
 
@@ -52,17 +59,19 @@ class GrowingLosses:
         loss = self.engine.pair_losses(rows, draws, {}).numpy()
         if not np.isfinite(loss).all():
             self.engine.refuse_image(int(rows[~np.isfinite(loss)][0]))
-        touched = np.unique(rows)
-        self.loss[touched[~self.believed[touched]]] = np.nan
         self.loss[rows, draws] = loss
-        self.check[touched] = [zlib.crc32(row) for row in np.asarray(self.loss[touched])]
-        self.believed[touched] = True
+        with locked(self.path.parent):
+            shared, check = self._maps()
+            for row in np.unique(rows):
+                if zlib.crc32(shared[row].tobytes()) != check[row]:  # a process died while it wrote, or a bit flipped
+                    shared[row] = np.nan
+            shared[rows, draws] = loss
+            for row in np.unique(rows):
+                check[row] = zlib.crc32(shared[row].tobytes())
 
 
 def create(path: Path, shape: tuple[int, int]) -> None:
-    """A file without losses, where there is none."""
-    with locked(path.parent):
-        if not path.exists():
-            loss = torch.full(shape, torch.nan)
-            check = torch.full(shape[:1], zlib.crc32(loss[0].numpy().data), dtype=torch.int64)
-            write_tensors(path, {"loss": loss, "crc32": check})
+    """A file without losses."""
+    loss = torch.full(shape, torch.nan)
+    check = torch.full(shape[:1], zlib.crc32(loss[0].numpy().data), dtype=torch.int64)
+    write_tensors(path, {"loss": loss, "crc32": check})

@@ -19,12 +19,15 @@ from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.diffusion.pretrained import Pretrained, load_pretrained
 from mucs_cli.errors import UserError
+from mucs_cli.evaluation.measures.removal import default_count
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import encode_dataset
 
+MIN_TOP_K = 50
+"""Highest scores that a race settles by default in small data sets: more than reports show."""
 UNKNOWN_LEARNING_RATE = 1e-4
 """Taken for a model whose training is not on record; unlearning uses a tenth of it."""
 
@@ -111,14 +114,36 @@ def check_later_stages(context: Context, data: ImageDataset) -> None:
     Raises:
         UserError: ``k``, ``group_k`` or ``group_by`` of a stage that is to come.
     """
+    settled = num_settled(context.config.score.top_k, len(data.training)) if context.races else len(data.training)
     for stage in getattr(context.config, "stages", ()):
         if stage not in ("score", "report"):
             continue
         settings = getattr(context.config, stage)
         choose_groupings(settings.group_by, data.metadata, f"{stage}.group_by")
+        refuse_unsettled(settings.group_k, settled, f"{stage}.group_k")
         choose_k(settings.group_k, len(data.training), f"{stage}.group_k")
         if stage == "report":
+            refuse_unsettled(settings.k, settled, "report.k")
             choose_k(settings.k, len(data.training), "report.k")
+
+
+def num_settled(top_k: int | None, num_images: int) -> int:
+    """How many highest scores a race settles; by default as many as counterfactual retraining removes, at least 50.
+
+    Raises:
+        UserError: more are asked for than there are images.
+    """
+    if top_k is None:
+        return min(max(MIN_TOP_K, default_count(num_images)), num_images)
+    return choose_k(top_k, num_images, "score.top_k")
+
+
+def refuse_unsettled(k: int | None, settled: int, key: str) -> None:
+    """Raises UserError where a race will not settle as many places as ``key`` asks for."""
+    if k is not None and k > settled:
+        raise UserError(
+            key, f"got {k}; score.mode=adaptive settles the {settled} highest scores only. Raise score.top_k."
+        )
 
 
 def load_trained_model(context: Context, data: ImageDataset, device: torch.device) -> BaseModel:

@@ -105,9 +105,11 @@ class MirroredUnlearner(Unlearner):
         left = list(queries)
         while left:
             chosen = left[: self.stack_size]
+            self.num_at_once = len(chosen)
             try:
                 for query, result in super().results(chosen) if len(chosen) == 1 else self.stacked_results(chosen):
                     left.remove(query)
+                    self.num_at_once -= 1
                     yield query, result
             except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
                 self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")

@@ -29,12 +29,13 @@ from mucs_cli.runtime import log, pick_device
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluate import plan as plan_evaluation
 from mucs_cli.stages.memory import free_memory
+from mucs_cli.stages.races import RACES
 from mucs_cli.stages.run import stages_of
 from mucs_cli.stages.status import bytes_text, size_of
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work
 
-WRITTEN_IN_PLACE = (".journal", ".jsonl", ".txt")
+WRITTEN_IN_PLACE = (".journal", ".jsonl", ".txt", ".growing")
 """Files that a stage adds to: the shadow has copies. All others are replaced as a whole, so that links do."""
 MODEL_STAGES = {"train", "sample"}
 """Without whose results it cannot be told how many updates unlearning takes."""
@@ -107,7 +108,9 @@ def shadow_of(run: Path) -> Iterator[Path]:
     beside = run.parent if os.access(run.parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".mucs-plan-", dir=beside) as folder:
         shadow = Path(folder) / run.name
-        for place, _, names in os.walk(run, followlinks=True):
+        for place, folders, names in os.walk(run, followlinks=True):
+            if RACES in folders:
+                folders.remove(RACES)  # a race that was begun goes on by what it has found, which the shadow lacks
             copy = shadow / Path(place).relative_to(run)
             copy.mkdir()
             for name in names:

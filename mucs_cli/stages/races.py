@@ -19,18 +19,15 @@ from mucs_cli.artifacts import BlockFile, Stage, fingerprint, read_tensors, writ
 from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.attribution.skew import mean_over_draws
-from mucs_cli.errors import UserError
-from mucs_cli.evaluation.measures.removal import default_count
-from mucs_cli.reporting.groups import choose_k
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
-from mucs_cli.stages.engine import BASE_MODEL, stored_losses
 from mucs_cli.stages.growing_losses import GrowingLosses
+from mucs_cli.stages.loading import num_settled
 from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.work import Work
 
-MIN_TOP_K = 50
-"""Highest scores that are settled by default in small data sets: more than reports show."""
+RACES = "races"
+"""The folder below a variant's that holds finished races and begun ones until the last is done."""
 AUDIT = 16
 """Dropped images of which a batch gets the whole bank, to check what was dropped."""
 UNIT_BATCHES = 16
@@ -49,45 +46,20 @@ class Races:
     Args:
         work: what to score.
         comparison: the method's scorer, whose models are compared.
-        stage: whose folder holds what is finished of an interrupted attempt, below ``races/``.
+        stage: whose folder holds what is finished of an interrupted attempt, below ``RACES``.
     Raises:
-        UserError: ``score.top_k`` is more than there are images, or the scores cannot race.
+        UserError: ``score.top_k`` is more than there are images.
     """
 
     def __init__(self, work: Work, comparison: LossComparison, stage: Stage):
         self.work, self.comparison, self.stage = work, comparison, stage
-        self.k = top_k(work.config.score.top_k, work.num_images)
+        self.k = num_settled(work.config.score.top_k, work.num_images)
         self.confidence: float = work.config.score.confidence
-        if comparison.reducer not in PER_DRAW:
-            raise UserError(
-                "score.mode",
-                f"got adaptive with method.reducer={comparison.reducer}, which is no mean over draws; expected "
-                f"{' or '.join(PER_DRAW)}. Use score.mode=exact.",
-            )
-        if not comparison.noise_bank.consistent:
-            raise UserError(
-                "score.mode",
-                "got adaptive with noise_bank.consistent=false, where images share no draws. Use score.mode=exact.",
-            )
 
     def prepare(self) -> None:
         self.comparison.prepare_engines()
         self.engine = self.comparison.engines[0]
-        self._open_base()
-
-    def _open_base(self) -> None:
-        """Where an exact command has left the base model's losses, those; else what is there is added to."""
-        bank_print = self.comparison.inputs["noise_bank"]
-        whole = stored_losses(self.work, self.engine, bank_print, BASE_MODEL, "", None)
-        self._growing: GrowingLosses | None = None
-        if whole is None:
-            self._growing = GrowingLosses(self.work, self.engine, bank_print)
-        self.base: NDArray[np.float32] = self._growing.loss if self._growing is not None else np.asarray(whole)
-
-    def require_base_losses(self, rows: Rows, draws: Rows) -> None:
-        """Computes what ``base`` lacks of the base model's losses of pairs of a training row and a draw."""
-        if self._growing is not None:
-            self._growing.require(rows, draws)
+        self.base = GrowingLosses(self.work, self.engine, self.comparison.inputs["noise_bank"])
 
     def write(self, path: Path, queries: Sequence[int], finished: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Writes the score file: ``score``, ``draws``, ``query_id`` and ``example_id``.
@@ -104,7 +76,7 @@ class Races:
         rows = {name: torch.stack([found[query][name] for query in ids]) for name in ("score", "draws")}
         example_ids = torch.from_numpy(np.array(self.work.inputs.data.training, np.int64))
         write_tensors(path, {**rows, "query_id": torch.tensor(ids), "example_id": example_ids})
-        shutil.rmtree(path.parent / "races", ignore_errors=True)
+        shutil.rmtree(path.parent / RACES, ignore_errors=True)
         facts = self.stage.previous.get("races", {}) | self.stage.progress
         return {"top_k": self.k, "races": {str(query): facts[str(query)] for query in ids if str(query) in facts}}
 
@@ -130,7 +102,7 @@ class Races:
         return sum(finished) / len(finished) if finished else 2.2 * first_round
 
     def _path(self, query: int) -> Path:
-        return self.stage.folder / "races" / f"query_{query:04d}.safetensors"
+        return self.stage.folder / RACES / f"query_{query:04d}.safetensors"
 
     def _run(self, query: int, progress: Progress) -> dict[str, Any]:
         tensors = self.comparison.unlearned.tensors(query, self.work.inputs.device)
@@ -170,7 +142,7 @@ class Race:
         self.alive: list[int] = []
         self.audited = np.zeros(0, np.int64)
         self.recall = 1.0
-        self.evaluations = 0
+        self.evaluations = self.computed = 0
         self._step = 0
 
     def run(self) -> None:
@@ -237,7 +209,7 @@ class Race:
             counts = num_draws - self.draws[part]
             row = np.repeat(part, counts)
             draw = num_draws - np.concatenate([np.arange(count, 0, -1) for count in counts])
-            self.races.require_base_losses(row, draw)
+            self.races.base.require(row, draw)
             number = self._step * STEP + unit
             if number not in self.file.done:
                 loss = self.races.engine.pair_losses(row, draw, self.tensors).numpy()
@@ -245,18 +217,20 @@ class Race:
                     self.races.comparison.refuse_query(self.query)
                 self.loss[row, draw] = loss
                 self.file.commit(number)
+                self.computed += len(row)
             self.evaluations += len(row)
             self.progress.advance(
                 0,
                 f"query {self.query}, draw {num_draws} of {self.num_draws}, {len(rows)} images",
-                min(1.0, self.evaluations / self.races.typical_evaluations()),
+                min(1.0, self.computed / self.races.typical_evaluations()),
             )
         self.draws[rows] = num_draws
         self._step += 1
 
     def values(self, rows: Rows, num_draws: int) -> NDArray[np.float64]:
         """Of images that have them, the values whose mean is the score; [len(rows), num_draws]."""
-        base, loss = (torch.from_numpy(np.array(losses[rows, :num_draws])) for losses in (self.races.base, self.loss))
+        both = (self.races.base.loss, self.loss)
+        base, loss = (torch.from_numpy(np.array(losses[rows, :num_draws])) for losses in both)
         comparison = self.races.comparison
         found: NDArray[np.float64] = PER_DRAW[comparison.reducer](base, loss, comparison.epsilon).numpy()
         return found
@@ -301,14 +275,3 @@ def describe(facts: Mapping[str, Any]) -> str:
         return "every image has the whole bank"
     alive = ", ".join(f"{count:,}" for count in facts["alive"])
     return f"images in the race {alive}; {facts['num_audited']} dropped ones audited"
-
-
-def top_k(asked: int | None, num_images: int) -> int:
-    """How many highest scores are settled; by default as many as counterfactual retraining removes, at least 50.
-
-    Raises:
-        UserError: more are asked for than there are.
-    """
-    if asked is None:
-        return min(max(MIN_TOP_K, default_count(num_images)), num_images)
-    return choose_k(asked, num_images, "score.top_k")

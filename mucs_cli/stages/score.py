@@ -12,12 +12,12 @@ from torch import Tensor
 from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
-from mucs_cli.errors import UserError
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.loading import refuse_unsettled
 from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.races import Races
 from mucs_cli.stages.scorer import Scorer
@@ -46,11 +46,9 @@ def run(context: Context) -> None:
         queries=work.queries.wanted,
     )
     races = Races(work, scorer, stage) if context.races and isinstance(scorer, LossComparison) else None
-    if races is not None and group_k > races.k:
-        raise UserError(
-            "score.group_k",
-            f"got {group_k}; score.mode=adaptive settles the {races.k} highest scores only. Raise score.top_k.",
-        )
+    if races is not None:
+        refuse_unsettled(context.config.score.group_k, races.k, "score.group_k")
+        group_k = min(group_k, races.k)
     if stage.is_done():
         log.info("score: up to date (%s)", folder)
     else:
@@ -97,6 +95,10 @@ def warn_of_unused_keys(context: Context) -> None:
             log.warning("%s has no effect with method=%s", key, context.method.name)
     if context.config.score.mode == "adaptive" and not context.races:
         log.warning("score.mode=adaptive has no effect with method=%s, whose scores are exact", context.method.name)
+    of_another_mode = ("keep_losses", "memory_budget") if context.races else ("top_k", "confidence")
+    for key in (f"score.{name}" for name in of_another_mode):
+        if key in context.typed:
+            log.warning("%s has no effect with score.mode=%s", key, context.config.score.mode)
 
 
 def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:

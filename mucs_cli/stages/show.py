@@ -50,6 +50,7 @@ def show_rankings(results: RunResults, variant: Variant, queries: list[int], con
 
 def show_groups(results: RunResults, variant: Variant, queries: list[int], config: ShowConfig, column: str) -> None:
     k = choose_k(config.group_k, len(variant.example_ids), "group_k")
+    variant.require_settled(k, "group_k")
     grouping = choose_groupings([column], columns_of(results, variant), "group_by")[column]
     groups = {query: query_groups(results, variant, query, grouping, k, config.exclude_exact) for query in queries}
     described = terminal.describe(results, queries)

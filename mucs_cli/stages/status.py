@@ -121,7 +121,8 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
         again: what can be computed again once the stage is done; leftovers of block files are added.
     """
     manifest = read(folder / "manifest.json")
-    done = bool(manifest) or (folder.name == "noise_bank" and any(folder.glob("*.safetensors")))
+    done = bool(manifest) or any(folder.glob("*.growing"))
+    done = done or (folder.name == "noise_bank" and any(folder.glob("*.safetensors")))
     if done:
         leftovers = [path for pattern in ("*.partial", "*.journal") for path in sorted(folder.rglob(pattern))]
         kept = [path for path in leftovers if not any(parent in again for parent in path.parents)]

@@ -53,7 +53,8 @@ def run(context: Context) -> None:
             unlearner.on_step = lambda step: progress.advance(
                 0,
                 f"step {step.step}, forget loss {step.forget_loss:.3f}",
-                min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step),
+                unlearner.num_at_once
+                * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
             )
             for query, result in unlearner.results(todo):
                 write_tensors(query_file(folder, query), result.tensors)

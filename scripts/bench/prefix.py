@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mucs_cli.attribution.scoring import bank_losses
-from mucs_cli.attribution.unlearning import trainable_names
+from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.diffusion.denoiser import EDMDenoiser
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.runtime import keep_freed_memory

@@ -23,13 +23,13 @@ from printing import print_result
 from torch import Tensor
 from torch.nn import functional as F
 
+from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import (
     UnlearningSettings,
     UnlearningStep,
     batch_source,
     choose_stack_size,
     step_seconds,
-    trainable_names,
     unlearn,
     unlearn_stacked,
 )

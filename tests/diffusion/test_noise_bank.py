@@ -77,11 +77,17 @@ def test_unknown_grids_and_empty_banks_are_refused():
 @pytest.mark.parametrize("n", [1, 2, 7, 10])
 def test_antithetic_pairs_of_neighbouring_levels_share_their_noise_with_opposite_signs(n):
     plain, paired = (draw_noise_bank(n, (1, 4, 4), grid="full", antithetic=a) for a in (False, True))
-    order = plain.sigma.argsort(descending=True)  # the grid's
-    assert torch.equal(paired.sigma, plain.sigma)
-    for j, place in enumerate(order.tolist()):
-        partner = order[j - j % 2]
-        assert torch.equal(paired.noise[place], plain.noise[partner] * (-1 if j % 2 else 1))
+    grid, places = (bank.sigma.argsort(descending=True) for bank in (plain, paired))  # by place on the grid
+    assert torch.equal(paired.sigma[places], plain.sigma[grid])
+    for j, place in enumerate(places.tolist()):
+        assert torch.equal(paired.noise[place], plain.noise[grid[j - j % 2]] * (-1 if j % 2 else 1))
+
+
+def test_prefixes_of_an_antithetic_bank_are_whole_pairs_that_span_the_grid():
+    bank = draw_noise_bank(100, (1, 2, 2), grid="full", antithetic=True)
+    assert torch.equal(bank.noise[1:8:2], -bank.noise[0:8:2])
+    positions = bank.sigma.argsort(descending=True).argsort()[:8:2]
+    assert positions.max() - positions.min() > 60
 
 
 def test_antithetic_noise_cancels_what_is_odd_in_it():

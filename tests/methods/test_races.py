@@ -11,9 +11,15 @@ from commands import fails, mucs
 from safetensors.numpy import load_file
 from unlearning_runs import attribute, make_run, manifest_of
 
+from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.cli import main
+from mucs_cli.composition import compose
+from mucs_cli.config import RACING_REDUCERS
 from mucs_cli.stages import races
-from mucs_cli.stages.engine import Engine
+from mucs_cli.stages.context import Context
+from mucs_cli.stages.engine import Engine, prepare_bank
+from mucs_cli.stages.growing_losses import GrowingLosses
+from mucs_cli.stages.work import Work
 
 K, NUM_DRAWS = 3, 30
 UNLEARN = ["unlearning.num_steps=12", "unlearning.learning_rate=1e-3"]
@@ -86,9 +92,7 @@ def test_forward_inf_races_as_well(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_audited")
-def test_base_losses_are_computed_once_for_all_queries_and_what_exact_mode_left_is_used(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_losses_are_computed_once_for_all_queries_and_variants(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[tuple[int, int]] = []
     whole = Engine.pair_losses
 
@@ -100,11 +104,18 @@ def test_base_losses_are_computed_once_for_all_queries_and_what_exact_mode_left_
     monkeypatch.setattr(Engine, "pair_losses", counted)
     found = load_file(attribute(run, *KEYS, *RACE) / "scores.safetensors")
     assert len(computed) == len(set(computed)) == found["draws"].max(axis=0).sum()
-    attribute(run, *KEYS)
     computed.clear()
-    shutil.rmtree(run / "score" / "_growing")
-    attribute(run, *KEYS, *RACE, "score.top_k=2", "score.group_k=2")
-    assert computed == []
+    attribute(run, *KEYS, *RACE, "method.epsilon=1e-2")
+    assert len(computed) < found["draws"].max(axis=0).sum() / 4  # what only this variant's survivors need
+
+
+@pytest.mark.usefixtures("few_audited")
+def test_scores_do_not_depend_on_what_was_scored_before(run: Path, tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(run, tmp_path / "twin"))
+    attribute(twin, *KEYS)
+    attribute(twin, *KEYS, *RACE, "method.epsilon=1e-2")
+    first, second = attribute(run, *KEYS, *RACE), attribute(twin, *KEYS, *RACE)
+    assert (first / "scores.safetensors").read_bytes() == (second / "scores.safetensors").read_bytes()
 
 
 @pytest.mark.usefixtures("few_audited")
@@ -174,7 +185,7 @@ def test_a_query_that_is_added_keeps_the_rows_of_the_others(run: Path) -> None:
 def test_a_damaged_row_of_the_base_losses_is_computed_again(run: Path) -> None:
     straight = attribute(run, *KEYS, *RACE)
     scores = (straight / "scores.safetensors").read_bytes()
-    (path,) = (run / "score" / "_growing").rglob("losses.safetensors")
+    (path,) = (run / "score" / "_growing").rglob("losses.growing")
     shutil.rmtree(straight)
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
@@ -184,6 +195,28 @@ def test_a_damaged_row_of_the_base_losses_is_computed_again(run: Path) -> None:
     path.write_bytes(content)
     again = attribute(run, *KEYS, *RACE)
     assert (again / "scores.safetensors").read_bytes() == scores
+    assert path.read_bytes()[first + 1] == content[first + 1] ^ 0x10  # mended
+
+
+def test_base_losses_of_two_processes_come_together_in_the_file(run: Path) -> None:
+    """Each has read the file before the other wrote."""
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    context = Context.create("score", compose("score", (keys := [f"run={run}", *KEYS])), keys, run)
+    work = Work.load(context)
+    bank, bank_print = prepare_bank(context, context.config.noise_bank, work.inputs)
+
+    def opened() -> GrowingLosses:
+        return GrowingLosses(work, Engine(context, work.inputs, bank, context.config.noise_bank), bank_print)
+
+    ours, theirs = opened(), opened()
+    rows = np.array([3, 3, 5])
+    ours.require(rows, np.array([0, 1, 0]))
+    theirs.require(rows, np.array([2, 3, 0]))
+    together = opened()
+    known = np.argwhere(np.isfinite(together.loss)).tolist()
+    assert known == [[3, 0], [3, 1], [3, 2], [3, 3], [5, 0]]
+    np.testing.assert_array_equal(together.loss[3, :2], ours.loss[3, :2])
+    np.testing.assert_array_equal(together.loss[3, 2:4], theirs.loss[3, 2:4])
 
 
 def test_scores_of_mixed_draw_counts_are_no_members_and_have_no_datamodeling_score(
@@ -222,6 +255,7 @@ def test_only_settled_places_are_shown_and_evaluated(run: Path, capsys: pytest.C
         (["noise_bank.consistent=false"], "score.mode: got adaptive with noise_bank.consistent=false"),
         (["score.top_k=41"], "score.top_k: got 41; expected at most 40"),
         (["score.group_k=9"], "score.group_k: got 9; score.mode=adaptive settles the 3 highest"),
+        (["score.group_k=null", "score.top_k=0"], "score.top_k: got 0"),
         (["score.confidence=1"], "score.confidence"),
     ],
 )
@@ -274,10 +308,46 @@ def test_a_race_is_planned_without_being_run(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mucs("unlearn", f"run={run}", *UNLEARN)
+    mucs("score", f"run={run}", *KEYS, *RACE, "queries.index=0")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     monkeypatch.setattr(races, "REHEARSED_SECONDS", 0.0)
     capsys.readouterr()
     mucs("score", f"run={run}", *KEYS, *RACE, "plan=true")
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "score, queries" in line]
-    assert [word for word in row.split() if word.isdigit()] == ["2", "0", "2"]
+    assert [word for word in row.split() if word.isdigit()] == ["1", "0", "1"]
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_what_may_race_is_what_has_values_of_single_draws() -> None:
+    assert set(RACING_REDUCERS) == set(PER_DRAW)
+
+
+def test_what_a_race_will_not_settle_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = ["experiment=digits", "data.limit=40", "device=cpu", f"run={tmp_path / 'run'}", "speed=fast"]
+    assert "report.k: got 10; score.mode=adaptive settles the 5 highest" in fails(capsys, "run", *new, "score.top_k=5")
+    assert "score.mode: got adaptive with method.reducer" in fails(
+        capsys, "run", *new, "method.reducer=absolute_difference"
+    )
+    assert not (tmp_path / "run" / "train").exists()
+
+
+def test_keys_of_the_other_mode_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    mucs("score", f"run={run}", *KEYS, "score.top_k=7")
+    assert "score.top_k has no effect with score.mode=exact" in capsys.readouterr().err
+    mucs("score", f"run={run}", *KEYS, *RACE, "score.keep_losses=true")
+    assert "score.keep_losses has no effect with score.mode=adaptive" in capsys.readouterr().err
+
+
+def test_groups_need_settled_places_and_growing_losses_can_be_cleaned(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = attribute(run, *KEYS, *RACE)
+    show = ["show", f"run={run}", "group_by=label"]
+    mucs(*show, f"group_k={K}")
+    assert f"group_k: got 9; score.mode=adaptive has settled the {K} highest" in fails(capsys, *show, "group_k=9")
+    mucs("status", f"run={run}", "clean=true")
+    assert not (run / "score" / "_growing").exists() or not list((run / "score" / "_growing").rglob("*.growing"))
+    assert (folder / "scores.safetensors").exists()
