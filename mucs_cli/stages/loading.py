@@ -120,11 +120,11 @@ def check_later_stages(context: Context, data: ImageDataset) -> None:
             continue
         settings = getattr(context.config, stage)
         choose_groupings(settings.group_by, data.metadata, f"{stage}.group_by")
-        refuse_unsettled(settings.group_k, settled, f"{stage}.group_k")
         choose_k(settings.group_k, len(data.training), f"{stage}.group_k")
+        refuse_unsettled(settings.group_k, settled, f"{stage}.group_k")
         if stage == "report":
-            refuse_unsettled(settings.k, settled, "report.k")
             choose_k(settings.k, len(data.training), "report.k")
+            refuse_unsettled(settings.k, settled, "report.k")
 
 
 def num_settled(top_k: int | None, num_images: int) -> int:
