@@ -149,10 +149,11 @@ def densities(metrics: Mapping[str, Mapping[str, Similarities]], axis: str, refe
         for line in range(num_lines):
             panels[row * num_lines + line, 0].set_ylabel(metric)
     figure.supxlabel(axis, fontsize=FONT_SIZE)
-    handles: list[Artist] = [
-        Line2D([], [], color=BLUE, marker="|", label="targets"),
-        Line2D([], [], color=VERMILION, linestyle=(0, (4, 2)), marker="x", markersize=4, label="controls"),
-    ]
+    handles: list[Artist] = [Line2D([], [], color=BLUE, marker="|", label="targets")]
+    if any(len(of.controls) for of_methods in metrics.values() for of in of_methods.values()):
+        handles.append(
+            Line2D([], [], color=VERMILION, linestyle=(0, (4, 2)), marker="x", markersize=4, label="controls")
+        )
     if reference is not None:
         handles.append(Patch(color=GREY, label=f"targets of {elided(reference, 24)}"))
     figure.legend(handles=handles, loc="outside upper left", ncols=3)

@@ -15,10 +15,13 @@ from mucs_cli.reporting.results import Ranked, RunResults, Variant
 
 @dataclass(frozen=True)
 class VariantView:
-    """One line of the table of variants; overlap and Spearman are means over the queries shared with the first."""
+    """One line of the table of variants; overlap and Spearman are means over the queries shared with the first.
+
+    ``settings``: see ``differing_settings``; keys and values as text.
+    """
 
     name: str
-    settings: list[str]
+    settings: list[tuple[str, str]]
     steps: str
     reached: str
     unlearn_seconds: str
@@ -41,6 +44,24 @@ def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key, found in values.items() if any(value != found[0] for value in found)]
 
 
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each variant's configuration what others have otherwise.
+
+    A method's own keys are compared with those of the same method alone, as another's may mean something else by them.
+    """
+
+    def is_own(key: str) -> bool:
+        return key.startswith("method.")
+
+    shared = differing_keys([{key: config[key] for key in config if not is_own(key)} for config in configs])
+    found = []
+    for config in configs:
+        same_method = [other for other in configs if other.get("method.name") == config.get("method.name")]
+        own = [key for key in differing_keys(same_method) if is_own(key)]
+        found.append({key: config[key] for key in [*shared, *own] if key in config})
+    return found
+
+
 def overlap(first: Sequence[Ranked], second: Sequence[Ranked]) -> int:
     """How many training images two rankings share, wherever they stand."""
     return len({item.example_id for item in first} & {item.example_id for item in second})
@@ -59,7 +80,7 @@ def spearman(first: Variant, second: Variant, query: int) -> float | None:
 
 
 def variant_view(
-    results: RunResults, variant: Variant, config: dict[str, Any], differing: list[str], k: int, exclude_exact: bool
+    results: RunResults, variant: Variant, settings: Mapping[str, Any], k: int, exclude_exact: bool
 ) -> VariantView:
     records = variant.unlearn.get("results", [])
     steps = [record["num_steps"] for record in records if record.get("num_steps") is not None]
@@ -76,7 +97,7 @@ def variant_view(
     defined = [value for value in correlations if value is not None]
     return VariantView(
         name=variant.name,
-        settings=[value_text(config.get(key)) for key in differing],
+        settings=[(key, value_text(value)) for key, value in settings.items()],
         steps=f"{median(steps):g} ({min(steps)} to {max(steps)})" if steps else "–",
         reached=f"{sum(reached)} of {len(reached)}" if reached else "–",
         unlearn_seconds=duration(variant.unlearn.get("seconds")),

@@ -29,6 +29,23 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class CellView:
+    """One cell of a table.
+
+    Args:
+        text: as people read it.
+        mark: a key of ``MARKS``, or "".
+        is_number: whether its column holds numbers.
+        span: how many rows it stands for; 0 where one above stands for it.
+    """
+
+    text: str
+    mark: str
+    is_number: bool
+    span: int
+
+
+@dataclass(frozen=True)
 class EvaluationView:
     """One finished evaluation.
 
@@ -37,7 +54,7 @@ class EvaluationView:
         facts: what it is of and when it was made, name and value.
         title: of the table.
         columns: names; those that hold numbers are in ``numeric``.
-        rows: cells as text, each with its mark, a key of ``MARKS``, or "".
+        rows: of cells.
         marks: those that there are.
         num_left_out: charts that hold pictures, which this report is not to show.
         outdated: variants whose scores have changed since.
@@ -48,7 +65,7 @@ class EvaluationView:
     title: str
     columns: list[str]
     numeric: list[bool]
-    rows: list[list[tuple[str, str]]]
+    rows: list[list[CellView]]
     marks: list[str]
     charts: list[Chart]
     num_left_out: int
@@ -77,15 +94,20 @@ def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], im
     files = [file for file in manifest["outputs"] if file.startswith("charts/") and file.endswith(".svg")]
     drawings = {file: read_file(folder, manifest, file) for file in files}
     shown = {file: svg for file, svg in drawings.items() if images or RASTER not in svg}
+    numeric = [not table.is_text(column) for column in range(len(table.columns))]
+    spans = row_spans(table)
     return EvaluationView(
         name=name,
         facts=evaluation_facts(manifest),
         title=table.title,
         columns=[heading(column) for column in table.columns],
-        numeric=[not table.is_text(column) for column in range(len(table.columns))],
+        numeric=numeric,
         rows=[
-            [(cell_text(cell), mark if isinstance(cell, Estimate) else "") for cell, mark in zip(*both, strict=True)]
-            for both in zip(table.rows, marks, strict=True)
+            [
+                CellView(cell_text(cell), mark if isinstance(cell, Estimate) else "", is_number, span)
+                for cell, mark, is_number, span in zip(cells, marks_of_row, numeric, spans_of_row, strict=True)
+            ]
+            for cells, marks_of_row, spans_of_row in zip(table.rows, marks, spans, strict=True)
         ],
         marks=[mark for mark in MARKS if any(mark in row for row in marks)],
         charts=[
@@ -95,6 +117,21 @@ def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], im
         num_left_out=len(drawings) - len(shown),
         outdated=outdated_variants(results.run, manifest),
     )
+
+
+def row_spans(table: Table) -> list[list[int]]:
+    """How many rows each cell stands for: names that repeat from row to row, from the left, are told once; 0: above."""
+    spans = [[1] * len(table.columns) for _ in table.rows]
+    num_names = next((column for column in range(len(table.columns)) if not table.is_text(column)), len(table.columns))
+    for column in range(num_names):
+        first = 0
+        for row in range(1, len(table.rows)):
+            if table.rows[row][: column + 1] == table.rows[first][: column + 1]:
+                spans[first][column] += 1
+                spans[row][column] = 0
+            else:
+                first = row
+    return spans
 
 
 def mark_of(cell: str) -> str:

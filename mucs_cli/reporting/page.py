@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mucs_cli.errors import UserError
 from mucs_cli.methods import METHODS
-from mucs_cli.reporting.comparison import differing_keys, variant_config, variant_view
+from mucs_cli.reporting.comparison import differing_settings, variant_config, variant_view
 from mucs_cli.reporting.ensembles import ensemble_views
 from mucs_cli.reporting.evaluations import evaluation_views
 from mucs_cli.reporting.facts import duration, fact_tables, identity, run_versions, stage_manifests, value_text
@@ -61,7 +61,6 @@ def render_report(results: RunResults, settings: ReportConfig) -> str:
     environment.filters |= {"score": score_text, "value": value_text, "duration": duration, "share": share_text}
     variants = results.variants
     configs = [variant_config(variant) for variant in variants]
-    differing = differing_keys(configs)
     methods = dict.fromkeys(config.get("method.name") for config in configs)
     groups = RunGroups(results, settings.group_by, settings.group_k, settings.exclude_exact)
     queries = [query_view(results, query, settings, groups) for query in all_queries(variants)]
@@ -89,10 +88,9 @@ def render_report(results: RunResults, settings: ReportConfig) -> str:
         unscored=[(variant.name, missing) for variant in variants if (missing := results.unscored(variant))],
         variants=variants,
         methods={name: METHODS[name].summary for name in methods if name in METHODS},
-        differing=differing,
         summary=[
-            variant_view(results, variant, config, differing, settings.k, settings.exclude_exact)
-            for variant, config in zip(variants, configs, strict=True)
+            variant_view(results, variant, differing, settings.k, settings.exclude_exact)
+            for variant, differing in zip(variants, differing_settings(configs), strict=True)
         ],
         ensembles=ensemble_views(results),
         evaluations=evaluation_views(results, settings.images),

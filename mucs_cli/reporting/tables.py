@@ -22,6 +22,7 @@ LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     MISSING: "--",
+    "<": r"\textless{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 
@@ -55,8 +56,9 @@ class Table:
     Args:
         title: one line, with what the numbers are.
         columns: names, as words with underscores.
-        rows: a cell a column; a column has cells of one kind, or None. Numbers are shown with three decimals; the CSV
-            has them in full, and an estimate as three columns: ``x``, ``x_low``, ``x_high``.
+        rows: a cell a column; a column has cells of one kind, or None. Numbers are shown with three decimals, positive
+            ones that would be 0 as "< 0.001"; the CSV has them in full, and an estimate as three columns: ``x``,
+            ``x_low``, ``x_high``.
     """
 
     title: str
@@ -188,6 +190,11 @@ def cell_text(cell: Cell) -> str:
     if cell is None:
         return MISSING
     if isinstance(cell, Estimate):
-        interval = "" if cell.low is None or cell.high is None else f" [{cell_text(cell.low)}, {cell_text(cell.high)}]"
-        return cell_text(cell.value) + interval
-    return f"{cell:.{DIGITS}f}" if isinstance(cell, float) else str(cell)
+        if cell.value is None:
+            return MISSING
+        interval = "" if cell.low is None or cell.high is None else f" [{cell.low:.{DIGITS}f}, {cell.high:.{DIGITS}f}]"
+        return f"{cell.value:.{DIGITS}f}{interval}"
+    if not isinstance(cell, float):
+        return str(cell)
+    least = 10**-DIGITS
+    return f"< {least}" if 0 < cell < least / 2 else f"{cell:.{DIGITS}f}"  # a small p is no 0

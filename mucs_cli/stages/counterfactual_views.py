@@ -41,8 +41,6 @@ COLUMNS = (
     "baseline",
     "metric",
     "removed",
-    "removed_share",
-    "baseline_removed",
     "auc",
     "auc_controls",
     "separation",
@@ -50,6 +48,8 @@ COLUMNS = (
     "hit_rate",
     "p_mann_whitney",
     "p_wilcoxon",
+    "removed_share",
+    "baseline_removed",
 )
 
 
@@ -73,8 +73,6 @@ def table(results: Mapping[str, Any], variants: Sequence[str]) -> Table:
                 row["baseline"],
                 row["metric"],
                 float(np.mean(row["num_removed"])),
-                row["removed_share"],
-                float(np.mean(row["baseline_num_removed"])),
                 auc,
                 shown(row["controls"] and row["controls"]["auc"]),
                 shown(row["separation"]),
@@ -82,6 +80,8 @@ def table(results: Mapping[str, Any], variants: Sequence[str]) -> Table:
                 row["targets"]["hit_rate"],
                 row["targets"]["mann_whitney_holm"],
                 row["targets"]["wilcoxon_holm"],
+                row["removed_share"],
+                float(np.mean(row["baseline_num_removed"])),
             )
             for row, auc in zip(results["rows"], marked_auc(results, variants), strict=True)
         ],

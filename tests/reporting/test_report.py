@@ -206,8 +206,8 @@ def test_variants_stand_side_by_side_with_what_differs(finished: RunBuilder) -> 
     reversed_scores[:] = -reversed_scores
     finished.variant("mucs__forget_weight-0.5", reversed_scores, forget_weight=0.5, unreached=[1])
     text = Page(make_report(finished.run, k=3)).text
-    assert "mucs 0.2 31 (30 to 32) 3 of 3" in text
-    row = text.split("mucs__forget_weight-0.5 0.5 32 (30 to 1000) 2 of 3")[1]
+    assert "mucs unlearning.\u200bforget_weight 0.2 31 (30 to 32) 3 of 3" in text
+    row = text.split("mucs__forget_weight-0.5 unlearning.\u200bforget_weight 0.5 32 (30 to 1000) 2 of 3")[1]
     assert row.split("Groups over all")[0].split()[-4:] == ["0.0", "of", "3", "-1.000"]
     assert "1,000 unlearning steps did not reach the bound" in text
     assert [a.get("class") for a in Page(finished.run / "report" / "index.html").all("section")].count("answer") == 6

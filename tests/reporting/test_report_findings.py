@@ -13,6 +13,8 @@ from reporting_runs import LINE_ART, RunBuilder, make_report
 from mucs_cli import __version__
 from mucs_cli.artifacts import read_json
 from mucs_cli.errors import UserError
+from mucs_cli.reporting.evaluations import row_spans
+from mucs_cli.reporting.tables import Table
 
 VERDICT = "No influential image found"
 
@@ -122,6 +124,16 @@ def test_an_evaluation_stands_with_its_table_its_charts_and_what_it_is_of(finish
     (chart,) = page.all("img")
     assert chart["src"] == "data:image/svg+xml;base64," + base64.b64encode(LINE_ART.encode()).decode()
     assert chart["alt"] == "lds: chart, interval bars; its numbers are in the table"
+
+
+def test_names_that_repeat_from_row_to_row_are_told_once() -> None:
+    rows = [("a", "x", 1, "m"), ("a", "x", 2, "m"), ("a", "y", 2, "m"), ("b", "y", 3, "m")]
+    assert row_spans(Table("of what", ("method", "baseline", "count", "unit"), rows)) == [
+        [3, 2, 1, 1],
+        [0, 0, 1, 1],
+        [0, 1, 1, 1],  # the unit stands right of numbers: each row tells it
+        [1, 1, 1, 1],  # the baseline of another method
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from reporting_runs import RunBuilder
 
 from mucs_cli.artifacts import write_tensors
 from mucs_cli.errors import UserError
-from mucs_cli.reporting.comparison import overlap, spearman
+from mucs_cli.reporting.comparison import differing_settings, overlap, spearman
 from mucs_cli.reporting.results import RunResults, variant_order
 
 
@@ -87,6 +87,21 @@ def test_variants_are_ordered_by_the_numbers_in_their_names() -> None:
     names = ["max_steps-1000", "max_steps-50", "mucs", "max_steps-200", "weight-0.5", "weight-0.25"]
     expected = ["mucs", "max_steps-50", "max_steps-200", "max_steps-1000", "weight-0.25", "weight-0.5"]
     assert sorted(names, key=variant_order) == expected
+
+
+def test_a_methods_own_keys_are_compared_with_those_of_the_same_method() -> None:
+    configs = [
+        {"method.name": "mucs", "method.reducer": "skew", "unlearning.steps": 5, "noise_bank.num_draws": 20},
+        {"method.name": "mucs", "method.reducer": "difference", "unlearning.steps": 5, "noise_bank.num_draws": 20},
+        {"method.name": "forward_inf", "method.reducer": "difference", "noise_bank.num_draws": 50},
+        {"method.name": "random"},
+    ]
+    assert differing_settings(configs) == [
+        {"noise_bank.num_draws": 20, "method.reducer": "skew"},
+        {"noise_bank.num_draws": 20, "method.reducer": "difference"},
+        {"noise_bank.num_draws": 50},
+        {},
+    ]
 
 
 def test_folders_with_an_underscore_and_unfinished_ones_are_no_variants(finished: RunBuilder) -> None:

@@ -34,6 +34,12 @@ def test_csv_has_numbers_in_full_and_an_estimate_as_three_columns() -> None:
     assert [rows[2][name] for name in ("overlap", "overlap_low")] == ["0.5", ""]
 
 
+def test_a_small_p_is_no_zero() -> None:
+    table = Table("p", ("p", "x"), [(0.0004, 0.0), (0.0006, -0.0004)])
+    assert to_markdown(table).splitlines()[4:] == ["| < 0.001 | 0.000 |", "| 0.001 | -0.000 |"]
+    assert r"\textless{} 0.001 & 0.000 \\" in to_latex(table)
+
+
 def test_markdown_escapes_bars_and_aligns_numbers_to_the_right() -> None:
     lines = to_markdown(TABLE).splitlines()
     assert lines[:4] == [
