@@ -368,7 +368,7 @@ class ScoreConfig:
         minimum=1,
     )
     confidence: float = option(
-        0.99, "mode=adaptive: of the interval of each image's score; lower drops sooner", above=0, below=1
+        0.99, "mode=adaptive: that a dropped image is not among the highest; lower drops sooner", minimum=0.5, below=1
     )
     batch_size: int | None = option(
         None,

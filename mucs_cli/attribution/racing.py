@@ -30,40 +30,46 @@ def race_rounds(num_draws: int) -> list[int]:
     return [*rounds[:-1], num_draws]
 
 
-def bounds(
-    values: NDArray[np.float64], num_draws: int, confidence: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Intervals of the images' means over all draws, up to a constant that all of them share.
+def means(values: NDArray[np.float64], num_draws: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The images' means over all draws as far as some draws tell, up to a constant that all of them share.
 
-    mean -+ t s sqrt(1/m - 1/n), with s^2 the variance over draws of an image's values less each draw's mean over the
-    images, shrunk towards the images' mean variance, and t the quantile of Student's distribution.
+    The variance of a mean is s^2 (1/m - 1/n), with s^2 the variance over draws of an image's values less each draw's
+    mean over the images, shrunk towards the images' mean variance.
 
     Args:
         values: of the images that race, under the first m draws; [B, m], m >= 2.
         num_draws: n, the draws of the whole bank.
-        confidence: of each interval, in (0, 1).
     Returns:
-        Lower and upper ends, [B] each.
+        Estimates and their variances, [B] each.
     """
     m = values.shape[1]
     own = values - values.mean(axis=0)
     variance = own.var(axis=1, ddof=1)
-    freedom = PRIOR_DRAWS + m - 1
-    variance = (PRIOR_DRAWS * variance.mean() + (m - 1) * variance) / freedom
-    radius = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance * (1 / m - 1 / num_draws))
-    mean = own.mean(axis=1)
-    return mean - radius, mean + radius
+    variance = (PRIOR_DRAWS * variance.mean() + (m - 1) * variance) / freedom(m)
+    return own.mean(axis=1), variance * (1 / m - 1 / num_draws)
+
+
+def freedom(num_seen: int) -> int:
+    """Degrees of freedom of a variance that ``num_seen`` draws and the images' pooled variance estimate."""
+    return PRIOR_DRAWS + num_seen - 1
 
 
 def margins(values: NDArray[np.float64], num_draws: int, k: int, confidence: float) -> NDArray[np.float64]:
-    """How far each image's interval reaches above the k-th highest lower end; below 0 it cannot be among the k highest.
+    """How far each image can still come above the k-th place; below 0 it is not among the k highest.
+
+    mean - place + t sqrt(v + w), where place is the k-th highest mean, v the variance of the image's own mean, w the
+    mean variance of the k highest ones, and t the one-sided quantile of Student's distribution. Never below 0 for the k
+    highest.
 
     Args:
-        values, num_draws, confidence: as in ``bounds``.
+        values, num_draws: as in ``means``.
         k: places, from 1 to B.
+        confidence: of each comparison, in (0.5, 1).
     Returns:
         [B], in units of the score.
     """
-    lower, upper = bounds(values, num_draws, confidence)
-    reached: NDArray[np.float64] = upper - np.partition(lower, -k)[-k]
+    mean, variance = means(values, num_draws)
+    highest = np.argpartition(mean, -k)[-k:]
+    quantile = stats.t.ppf(confidence, freedom(values.shape[1]))
+    reached: NDArray[np.float64] = mean - mean[highest].min() + quantile * np.sqrt(variance + variance[highest].mean())
     return reached

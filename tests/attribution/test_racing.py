@@ -1,9 +1,10 @@
-"""Racing over draws: intervals that hold, and who stays in the race."""
+"""Racing over draws: variances that hold, and who stays in the race."""
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from mucs_cli.attribution.racing import bounds, margins, race_rounds
+from mucs_cli.attribution.racing import freedom, margins, means, race_rounds
 
 
 def draws_of(num_images: int, num_draws: int, seed: int = 0, spreads: tuple[float, float] = (0.2, 2)) -> np.ndarray:
@@ -36,24 +37,24 @@ def test_no_draws_make_no_race() -> None:
 @pytest.mark.parametrize("confidence", [0.8, 0.99])
 @pytest.mark.parametrize("m", [4, 16])
 @pytest.mark.parametrize(("spreads", "off"), [((1, 1), 0.04), ((0.2, 2), 0.08)])
-def test_intervals_hold_the_mean_over_all_draws_as_often_as_they_say(
+def test_the_mean_over_all_draws_lies_below_a_quantile_as_often_as_it_says(
     spreads: tuple[float, float], off: float, m: int, confidence: float
 ) -> None:
     inside = []
     for seed in range(20):
         values = draws_of(200, 40, seed, spreads)
-        lower, upper = bounds(values[:, :m], 40, confidence)
+        mean, variance = means(values[:, :m], 40)
         # up to the constant that the images share: what the draws do to all of them
         truth = (values - values.mean(axis=0)).mean(axis=1)
-        inside.append(((lower <= truth) & (truth <= upper)).mean())
+        inside.append((truth <= mean + stats.t.ppf(confidence, freedom(m)) * np.sqrt(variance)).mean())
     assert confidence - 0.02 < np.mean(inside) < confidence + off
 
 
-def test_intervals_are_points_once_every_draw_is_there() -> None:
+def test_nothing_is_uncertain_once_every_draw_is_there() -> None:
     values = draws_of(30, 12)
-    lower, upper = bounds(values, 12, 0.99)
-    np.testing.assert_allclose(lower, upper)
-    np.testing.assert_allclose(upper - upper.mean(), values.mean(axis=1) - values.mean(), atol=1e-9)
+    mean, variance = means(values, 12)
+    np.testing.assert_allclose(variance, 0)
+    np.testing.assert_allclose(mean, values.mean(axis=1) - values.mean(), atol=1e-9)
 
 
 def test_what_a_draw_does_to_all_images_alike_changes_nothing() -> None:
