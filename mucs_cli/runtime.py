@@ -34,7 +34,25 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one; asking for CUDA without one is a UserError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device", "got cuda; no CUDA device is available. Use device=cpu or device=auto.")
+    torch.backends.cudnn.allow_tf32 = (
+        False  # torch's default is True, which convolutions would take without being asked
+    )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+@contextmanager
+def matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Matrix products and convolutions in ``precision`` within the context: float32, tf32 or bfloat16.
+
+    Weights and what is added up stay float32. Casts of weights are not kept: they may change within the context.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def keep_freed_memory() -> None:

@@ -370,6 +370,12 @@ class ScoreConfig:
     confidence: float = option(
         0.99, "mode=adaptive: that a dropped image is not among the highest; lower drops sooner", minimum=0.5, below=1
     )
+    precision: str = option(
+        "float32",
+        "of the network's matrix products in scoring by losses: float32, tf32 (CUDA only) or bfloat16; weights "
+        "and losses stay float32",
+        choices=("float32", "tf32", "bfloat16"),
+    )
     batch_size: int | None = option(
         None,
         "training images a forward pass, a multiple of 16; null: measured once and stored in the run",

@@ -168,7 +168,12 @@ class Context:
     @property
     def score_sections(self) -> tuple[str, ...]:
         """The sections that decide the scores."""
-        return (*self.method.sections, "score") if self.races else self.method.sections
+        return (*self.method.sections, "score") if self.races or self.rounds else self.method.sections
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the losses that are compared are of another precision than float32."""
+        return self.config.score.precision != "float32" and "noise_bank" in self.method.sections
 
     def score_variant(self) -> str:
         """The folder of the scores: the method's name and each value that decides them and differs from the run's."""

@@ -21,7 +21,7 @@ from mucs_cli.attribution.scoring import (
 )
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.errors import UserError
-from mucs_cli.runtime import Progress, log, smaller_batch
+from mucs_cli.runtime import Progress, log, matmul_precision, smaller_batch
 from mucs_cli.schemas import NoiseBankConfig
 from mucs_cli.stages.blocks import Arrays, BlockWork, find_kept, kept_tensor
 from mucs_cli.stages.context import Context
@@ -53,6 +53,7 @@ class Engine:
         self.conditional = self.denoiser.network.is_conditional
         self.noise_bank = noise_bank
         self.flip = flip
+        self.precision: str = context.config.score.precision
         self.block_size = self._block_size()
         self.evaluations = 0
         self.seconds = 0.0
@@ -91,9 +92,10 @@ class Engine:
 
         noise = None if self.noise_bank.consistent else own_noise
         started = time.perf_counter()
-        losses = bank_losses(
-            self.denoiser, image, condition, self.bank, models, lambda _: progress.advance(len(block)), noise
-        )
+        with matmul_precision(self.device, self.precision):
+            losses = bank_losses(
+                self.denoiser, image, condition, self.bank, models, lambda _: progress.advance(len(block)), noise
+            )
         self.seconds += time.perf_counter() - started
         self.evaluations += len(models) * len(block) * len(self.bank)
         return losses[:, : len(block)]
@@ -112,7 +114,8 @@ class Engine:
             [P], float32, on the CPU.
         """
         found, started = [], time.perf_counter()
-        with replaced_parameters(dict(self.denoiser.network.named_parameters()), tensors):
+        parameters = dict(self.denoiser.network.named_parameters())
+        with matmul_precision(self.device, self.precision), replaced_parameters(parameters, tensors):
             for start in range(0, len(rows), self.block_size):
                 pairs = np.arange(start, start + self.block_size).clip(max=len(rows) - 1)  # padded with the last pair
                 some, places = torch.unique_consecutive(torch.from_numpy(rows[pairs]), return_inverse=True)
@@ -157,13 +160,15 @@ class Engine:
             return int(known)
         rows = torch.arange(min(self.num_images, 256))
         image, condition = self.load(rows)
-        self.block_size = choose_block_size(self.denoiser, image, condition, self.bank, self.num_images)
+        with matmul_precision(self.device, self.precision):
+            self.block_size = choose_block_size(self.denoiser, image, condition, self.bank, self.num_images)
         log.info("score: %d images a forward pass (measured; kept in machine.json)", self.block_size)
         self._remember_block_size()
         return self.block_size
 
     def _key(self) -> str:
-        return f"{self.device.type}/{self.num_images}"
+        precision = "" if self.precision == "float32" else f"/{self.precision}"
+        return f"{self.device.type}/{self.num_images}{precision}"
 
     def _remember_block_size(self) -> None:
         facts = machine_facts(self.context.run)
@@ -273,6 +278,8 @@ def stored_losses(
 def loss_inputs(work: Work, engine: Engine, bank_print: str, model_id: int) -> dict[str, str]:
     """All that losses depend on, but for the unlearned model; arguments as in ``stored_losses``."""
     inputs = {"dataset": engine.data.fingerprint, "model": work.inputs.model.fingerprint, "noise_bank": bank_print}
+    if engine.precision != "float32":
+        inputs["precision"] = engine.precision
     if engine.flip:
         inputs["images"] = "mirrored"
     if not engine.noise_bank.consistent:

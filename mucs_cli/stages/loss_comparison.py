@@ -28,13 +28,15 @@ class LossComparison(Scorer):
         reducer, epsilon: see ``reduce``.
         flip: score an image by the larger of its own score and its mirror image's.
     Raises:
-        UserError: a query has no unlearned model, or one of another base model.
+        UserError: a query has no unlearned model, or one of another base model; the device lacks ``score.precision``.
     """
 
     unit = "evaluations"
 
     def __init__(self, work: Work, noise_bank: NoiseBankConfig, reducer: str, epsilon: float = 0.0, flip: bool = False):
         super().__init__(work)
+        if work.config.score.precision == "tf32" and work.inputs.device.type != "cuda":
+            raise UserError("score.precision", "got tf32 on a CPU; only CUDA devices have it. Use float32 or bfloat16.")
         self.reducer, self.epsilon = reducer, epsilon
         self.flips = (False, True) if flip else (False,)
         self.noise_bank = noise_bank

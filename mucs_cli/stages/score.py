@@ -95,6 +95,8 @@ def warn_of_unused_keys(context: Context) -> None:
             log.warning("%s has no effect with method=%s", key, context.method.name)
     if context.config.score.mode == "adaptive" and not context.races:
         log.warning("score.mode=adaptive has no effect with method=%s, whose scores are exact", context.method.name)
+    if "score.precision" in context.typed and "noise_bank" not in context.method.sections:
+        log.warning("score.precision has no effect with method=%s, which compares no losses", context.method.name)
     of_another_mode = ("keep_losses", "memory_budget") if context.races else ("top_k", "confidence")
     for key in (f"score.{name}" for name in of_another_mode):
         if key in context.typed:

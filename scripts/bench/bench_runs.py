@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sklearn.datasets import load_sample_images
 
-STRIDE = 16
+SIDES = {"photos": 16, "patches": 8}
+"""Of the squares that photographs are cut into, pixels."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def make_run(kind: str, run: Path, num_queries: int) -> None:
     """A trained base model and sampled queries; what is there already is not made again.
 
     Args:
-        kind: ``digits`` (1,797 grey images of 8x8) or ``photos`` (2,080 colour images of 16x16).
+        kind: ``digits`` (1,797 grey images of 8x8), ``photos`` (2,080 colour images of 16x16) or ``patches`` (8,480
+            of 8x8).
         run: the run's folder.
         num_queries: generated images.
     """
@@ -48,22 +50,22 @@ def make_run(kind: str, run: Path, num_queries: int) -> None:
     if kind == "digits":
         mucs("run", "experiment=digits", *arguments)
         return
-    pictures = run.parent / "photos"
+    pictures = run.parent / kind
     if not pictures.exists():
-        cut_photographs(pictures)
+        cut_photographs(pictures, SIDES[kind])
     data = ["data=image_folder", f"data.path={pictures}", "data.labels=folder", "diffusion=edm_auto"]
     model = ["model=dit", "model.size=tiny", "model.conditional=true"]
     training = ["training.num_steps=1500", "training.batch_size=64", "training.learning_rate=2e-3"]
     mucs("run", *data, *model, *training, "training.warmup_steps=100", "training.ema_decay=0.995", *arguments)
 
 
-def cut_photographs(folder: Path) -> None:
-    """Every square of 16x16 pixels of both photographs, in a folder a photograph."""
+def cut_photographs(folder: Path, side: int) -> None:
+    """Every square of ``side`` pixels of both photographs, in a folder a photograph."""
     for number, picture in enumerate(load_sample_images().images):
         (folder / str(number)).mkdir(parents=True)
-        for top in range(0, picture.shape[0] - STRIDE + 1, STRIDE):
-            for left in range(0, picture.shape[1] - STRIDE + 1, STRIDE):
-                square = Image.fromarray(picture[top : top + STRIDE, left : left + STRIDE])
+        for top in range(0, picture.shape[0] - side + 1, side):
+            for left in range(0, picture.shape[1] - side + 1, side):
+                square = Image.fromarray(picture[top : top + side, left : left + side])
                 square.save(folder / str(number) / f"{top:03d}_{left:03d}.png")
 
 

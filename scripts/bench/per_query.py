@@ -4,7 +4,8 @@ The paper's: every image under every draw of the bank. The fast one: speed=fast.
 query in one command, which pays for the base model's losses as well, and all others in another; both times include the
 start of the command. Prints one JSON object on stdout, a table on stderr.
 
-    python scripts/bench/per_query.py [--data digits|photos] [--queries 10] [--draws 100] [--folder outputs/bench]
+    python scripts/bench/per_query.py [--data digits|photos|patches] [--queries 10] [--draws 100] [--k K]
+        [--folder outputs/bench]
 """
 
 import argparse
@@ -12,32 +13,35 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from bench_runs import agreement, make_run, mucs, scores_of
+from bench_runs import SIDES, agreement, make_run, mucs, scores_of
 from printing import print_result
-
-SETTINGS = {"faithful": ["speed=faithful"], "fast": ["speed=fast"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", choices=("digits", "photos"))
+    parser.add_argument("--data", default="digits", choices=("digits", *SIDES))
     parser.add_argument("--queries", type=int, default=10, help="at least 2")
     parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--k", type=int, help="places that the fast setting settles (default: score.top_k's)")
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args()
     source = arguments.folder / f"{arguments.data}-{arguments.queries}"
     make_run(arguments.data, source, arguments.queries)
     runs, first, others = {}, {}, {}
-    for name, keys in SETTINGS.items():
+    settings = {
+        "faithful": ["speed=faithful"],
+        "fast": ["speed=fast", *([] if arguments.k is None else [f"score.top_k={arguments.k}"])],
+    }
+    for name, keys in settings.items():
         runs[name] = arguments.folder / f"{source.name}-{name}"
         shutil.rmtree(runs[name], ignore_errors=True)
         shutil.copytree(source, runs[name], ignore=shutil.ignore_patterns("unlearn", "score", "evaluate", "report"))
         command = ["run", f"run={runs[name]}", "device=cpu", f"noise_bank.num_draws={arguments.draws}", *keys]
         first[name] = mucs(*command, "stages=[unlearn,score]", "queries.index=0").seconds
         others[name] = mucs(*command, "stages=[unlearn,score]").seconds
-    (exact, _), (fast, manifest) = (scores_of(runs[name], only_variant(runs[name])) for name in SETTINGS)
+    (exact, _), (fast, manifest) = (scores_of(runs[name], only_variant(runs[name])) for name in settings)
     recall, _ = agreement(exact["score"], fast["score"], manifest["top_k"])
-    mean = {name: (first[name] + others[name]) / arguments.queries for name in SETTINGS}
+    mean = {name: (first[name] + others[name]) / arguments.queries for name in settings}
     print_result(
         {
             "benchmark": "per_query",

@@ -1,6 +1,7 @@
-"""How long a command takes to start: help, composition of a configuration, and the imports of a stage.
+"""How long a command takes to start: help, composition of a configuration, the imports of a stage, and a later stage.
 
-Each is a process of its own, five times. Prints one JSON object on stdout (medians, seconds), a table on stderr.
+The later stages are those of a tiny run that has been made: one that is up to date, and one that has hardly anything to
+do. Each is a process of its own, five times. Prints one JSON object on stdout (medians, seconds), a table on stderr.
 
     python scripts/bench/startup.py
 """
@@ -8,11 +9,17 @@ Each is a process of its own, five times. Prints one JSON object on stdout (medi
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from printing import print_result
 
 REPEATS = 5
+TINY = [
+    *("experiment=digits", "device=cpu", "data.limit=64", "queries.num=1", "training.num_steps=1", "model.width=16"),
+    *("sampler.num_steps=2", "stages=[train,sample,unlearn,score]"),
+]
+SHORT = ["unlearning.num_steps=1", "noise_bank.num_draws=4"]
 PROGRAM = [sys.executable, "-m", "mucs_cli"]
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
@@ -23,6 +30,10 @@ COMMANDS = {
 }
 
 
+def repeated(command: list[str]) -> list[float]:
+    return [seconds([part.format(repeat=repeat) for part in command]) for repeat in range(REPEATS)]
+
+
 def seconds(command: list[str]) -> float:
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
@@ -30,7 +41,15 @@ def seconds(command: list[str]) -> float:
 
 
 def main() -> None:
-    times = {name: statistics.median(seconds(command) for _ in range(REPEATS)) for name, command in COMMANDS.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        run = f"run={temporary}/run"
+        subprocess.run([*PROGRAM, "run", *TINY, *SHORT, run], check=True, capture_output=True)
+        commands = COMMANDS | {
+            "mucs status": [*PROGRAM, "status", run],
+            "mucs score, up to date": [*PROGRAM, "score", *SHORT, run],
+            "mucs score method=random": [*PROGRAM, "score", run, "method=random", "method.seed={repeat}"],
+        }
+        times = {name: statistics.median(repeated(command)) for name, command in commands.items()}
     seconds_of = {name: round(value, 3) for name, value in times.items()}
     ratio = round(times["mucs --help"] / times["python"], 2)
     print_result({"benchmark": "startup", **seconds_of, "help_over_python": ratio})

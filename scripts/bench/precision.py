@@ -1,0 +1,132 @@
+"""What numeric precision and compilation do to scoring: speed of a forward pass, and the ranking.
+
+First a network's forward pass in float32, in bfloat16 and as torch.compile makes it, timed in turn, five times
+(medians, the seconds of compiling apart; on a CPU processor time, which counts no other work). Then the digits' queries
+scored in float32 and in another precision: rank correlation and recall of the highest k. Prints one JSON object on
+stdout, a table on stderr.
+
+    python scripts/bench/precision.py [--model dit-tiny|dit-384|unet-tiny] [--precision bfloat16|tf32]
+        [--queries 10] [--draws 100] [--k 36] [--folder FOLDER] [--no-ranking]
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_runs import agreement, make_run, mucs, scores_of
+from printing import print_result
+from score_throughput import build
+from torch import Tensor
+
+from mucs_cli.runtime import keep_freed_memory, matmul_precision, pick_device
+
+REPEATS = 5
+SECONDS = 2.0
+"""Of each timing, about."""
+
+
+def timed(call: Callable[[], Tensor], count: int, clock: Callable[[], float]) -> float:
+    started = clock()
+    for _ in range(count):
+        result = call()
+    result.sum().item()  # waits for the device
+    return (clock() - started) / count
+
+
+def speeds(name: str, precision: str, size: int) -> dict[str, Any]:
+    """Of one forward pass of ``size`` images."""
+    device = pick_device("auto")
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    network, shape = build(name)
+    network.eval().requires_grad_(False).to(device)
+    sample, c_noise = torch.randn(size, *shape, device=device), torch.zeros(size, device=device)
+    label = torch.zeros(size, dtype=torch.int64, device=device) if network.is_conditional else None
+    compiled = torch.compile(network)
+
+    def plain() -> Tensor:
+        with torch.inference_mode():
+            return network(sample, c_noise, label)
+
+    def rounded() -> Tensor:
+        with matmul_precision(device, precision):
+            return plain()
+
+    def fused() -> Tensor:
+        with torch.no_grad():
+            return compiled(sample, c_noise, label)
+
+    started = time.perf_counter()
+    fused()
+    compiling = time.perf_counter() - started
+    count = max(1, round(SECONDS / timed(plain, 2, clock)))
+    calls = {"float32": plain, precision: rounded, "compiled": fused}
+    found: dict[str, list[float]] = {key: [] for key in calls}
+    for _ in range(REPEATS):
+        for key, call in calls.items():
+            found[key].append(timed(call, count, clock))
+    median = {key: statistics.median(values) for key, values in found.items()}
+    return {
+        "model": name,
+        "batch_size": size,
+        "device": str(device),
+        "float32_ms": round(1e3 * median["float32"], 2),
+        f"{precision}_speed": round(median["float32"] / median[precision], 2),
+        "compiled_speed": round(median["float32"] / median["compiled"], 2),
+        "compiling_seconds": round(compiling, 1),
+    }
+
+
+def ranking(folder: Path, precision: str, queries: int, draws: int, k: int) -> dict[str, Any]:
+    """Of the digits, in ``precision`` against float32; the run is kept."""
+    run = folder / f"digits-{queries}"
+    make_run("digits", run, queries)
+    shared = [f"run={run}", f"noise_bank.num_draws={draws}"]
+    mucs("unlearn", *shared)
+    shutil.rmtree(run / "score", ignore_errors=True)
+    found = []
+    for keys in ([], [f"score.precision={precision}"]):
+        before = set((run / "score").glob("[!_]*"))
+        mucs("score", *shared, *keys)
+        (new,) = set((run / "score").glob("[!_]*")) - before
+        found.append(scores_of(run, new.name)[0]["score"])
+    recall, correlation = agreement(*found, k)
+    return {
+        "queries": queries,
+        "draws": draws,
+        "k": k,
+        "spearman": round(float(np.mean(correlation)), 5),
+        "lowest_spearman": round(min(correlation), 5),
+        "recall_at_k": round(float(np.mean(recall)), 4),
+        "lowest_recall_at_k": round(min(recall), 4),
+        "largest_difference_of_a_score": float(np.abs(found[0] - found[1]).max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dit-tiny", choices=("dit-tiny", "dit-384", "unet-tiny"))
+    parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "tf32"))
+    parser.add_argument("--batch-size", type=int, help="images a forward pass (default: 384, of dit-384 8)")
+    parser.add_argument("--queries", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--k", type=int, default=36)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--no-ranking", action="store_true", help="speeds only")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    size = arguments.batch_size or (8 if arguments.model == "dit-384" else 384)
+    result = {"benchmark": "precision", "precision": arguments.precision}
+    result |= speeds(arguments.model, arguments.precision, size)
+    if not arguments.no_ranking:
+        result |= ranking(arguments.folder, arguments.precision, arguments.queries, arguments.draws, arguments.k)
+    print_result(result)
+
+
+if __name__ == "__main__":
+    main()
