@@ -11,9 +11,10 @@ from mucs_cli.attribution.skew import mean_skew
 from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import UnlearningSettings, unlearn
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.diffusion.training import Trainer, TrainingSettings, train
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.rng import ShuffledOrder, generator
 
 NUM_DIGITS, NUM_COPIES = 300, 8

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 FIRST_DRAWS = 4
 """Draws of the first round, at least: variances of fewer say little."""
@@ -70,6 +70,6 @@ def margins(values: NDArray[np.float64], num_draws: int, k: int, confidence: flo
     """
     mean, variance = means(values, num_draws)
     highest = np.argpartition(mean, -k)[-k:]
-    quantile = stats.t.ppf(confidence, freedom(values.shape[1]))
+    quantile = stdtrit(freedom(values.shape[1]), confidence)
     reached: NDArray[np.float64] = mean - mean[highest].min() + quantile * np.sqrt(variance + variance[highest].mean())
     return reached

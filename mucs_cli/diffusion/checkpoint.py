@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from mucs_cli.artifacts import read_json, read_tensors, write_json, write_tensors
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import Denoiser, EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, Network, UNet
+from mucs_cli.diffusion.networks import DiT, Network
 from mucs_cli.diffusion.vp import VPDenoiser
 from mucs_cli.errors import UserError
 
-NETWORKS: dict[str, type[DiT] | type[UNet]] = {"DiT": DiT, "UNet": UNet}
+NETWORKS = ("DiT", "UNet")
+"""Names of our networks' classes."""
 PRECONDITIONINGS: dict[str, type[EDMDenoiser] | type[VPDenoiser] | type[DDPMDenoiser]] = {
     "edm": EDMDenoiser,
     "vp": VPDenoiser,
@@ -69,7 +70,7 @@ def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None 
     return precondition(network.eval(), read_json(facts), str(facts))
 
 
-def build_network(folder: Path) -> DiT | UNet:
+def build_network(folder: Path) -> Network:
     """The network of a saved denoiser, freshly initialised from the global random state."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
@@ -77,8 +78,17 @@ def build_network(folder: Path) -> DiT | UNet:
         raise UserError(
             str(folder / "config.json"), f"got a {name}; expected a network trained by mucs ({', '.join(NETWORKS)})."
         )
-    network: DiT | UNet = NETWORKS[name].from_config(config)
+    network: Network = network_class(name).from_config(config)
     return network
+
+
+def network_class(name: str) -> type[Network]:
+    """One of ``NETWORKS``; diffusers' U-Net is imported only where it is used."""
+    if name == "DiT":
+        return DiT
+    from mucs_cli.diffusion.unet import UNet
+
+    return UNet
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

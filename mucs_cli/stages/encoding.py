@@ -1,21 +1,25 @@
 """The latents of the training images: encoded once a run, kept beside the decoded pictures."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mucs_cli.artifacts import BlockFile, fingerprint, map_tensor
 from mucs_cli.attribution.scoring import GRANULE, blocks_of
 from mucs_cli.data.images import ImageDataset, LatentDataset
-from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
 from mucs_cli.stages.context import Context
+
+if TYPE_CHECKING:
+    from mucs_cli.diffusion.latent import LatentCodec
 
 BATCH_SIZE = GRANULE
 """Pictures encoded, or decoded, at once; fixed, so that an interrupted encoding goes on to the same bits."""
 
 
 def encode_dataset(
-    context: Context, pixels: ImageDataset, codec: LatentCodec, model_print: str, device: torch.device
+    context: Context, pixels: ImageDataset, codec: "LatentCodec", model_print: str, device: torch.device
 ) -> LatentDataset:
     """The data set in latent space, from ``<run>/data/latents/<fingerprint>/`` or encoded into it.
 
@@ -50,12 +54,12 @@ def encode_dataset(
     return LatentDataset.of(pixels, map_tensor(path, "latent"))
 
 
-def encode(codec: LatentCodec, picture: Tensor, device: torch.device) -> Tensor:
+def encode(codec: "LatentCodec", picture: Tensor, device: torch.device) -> Tensor:
     """Latents, on the CPU."""
     return torch.cat([codec.encode(part.to(device)).cpu() for part in picture.split(BATCH_SIZE)])
 
 
-def decode(codec: LatentCodec, latent: Tensor, device: torch.device) -> Tensor:
+def decode(codec: "LatentCodec", latent: Tensor, device: torch.device) -> Tensor:
     """Pictures in [-1, 1], on the CPU."""
     parts = [codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in latent.split(BATCH_SIZE)]
     return torch.cat(parts)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from mucs_cli.data.labels import is_whole
 from mucs_cli.data.metadata import has_column
 from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
-from mucs_cli.diffusion.latent import LatentCodec
-from mucs_cli.diffusion.pretrained import Pretrained, load_pretrained
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.removal import default_count
 from mucs_cli.reporting.groups import choose_groupings, choose_k
@@ -25,6 +23,10 @@ from mucs_cli.runtime import log, pick_device
 from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import encode_dataset
+
+if TYPE_CHECKING:  # diffusers takes seconds to import its networks
+    from mucs_cli.diffusion.latent import LatentCodec
+    from mucs_cli.diffusion.pretrained import Pretrained
 
 MIN_TOP_K = 50
 """Highest scores that a race settles by default in small data sets: more than reports show."""
@@ -66,7 +68,7 @@ class BaseModel:
     fingerprint: str
     learning_rate: float
     fresh: Callable[[int], Denoiser]
-    codec: LatentCodec | None = None
+    codec: "LatentCodec | None" = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def load_pretrained_inputs(context: Context, path: Path, device: torch.device) -
     Raises:
         UserError: the model cannot be loaded or is not supported, or the data does not fit it.
     """
+    from mucs_cli.diffusion.pretrained import load_pretrained
+
     other = load_pretrained(path)
     config = fitted(context.config.data, other)
     if isinstance(config, PictureConfig):  # what was typed is refused before anything is decoded
@@ -201,7 +205,7 @@ def load_pretrained_inputs(context: Context, path: Path, device: torch.device) -
     return Inputs(device, pixels, encode_dataset(context, pixels, other.codec, other.fingerprint, device), model)
 
 
-def fitted(config: DataConfig, model: Pretrained) -> DataConfig:
+def fitted(config: DataConfig, model: "Pretrained") -> DataConfig:
     """The data's configuration with what the user left open as the model needs it: size, colours, where classes are."""
     if not isinstance(config, PictureConfig):
         return config
@@ -238,7 +242,7 @@ def recorded_data(config: DataConfig, run: Path) -> DataConfig:
     return replace(config, **{name: decoded[name] for name in names})
 
 
-def refuse_other_shape(other: Pretrained, got: tuple[int, int, int], path: Path) -> None:
+def refuse_other_shape(other: "Pretrained", got: tuple[int, int, int], path: Path) -> None:
     """Raises UserError where the model takes images of another (channels, height, width) than the data has."""
     wanted = (other.channels, other.image_size, other.image_size)
     if wanted != got:
@@ -250,7 +254,7 @@ def refuse_other_shape(other: Pretrained, got: tuple[int, int, int], path: Path)
         )
 
 
-def refuse_other_conditions(other: Pretrained, data: ImageDataset, path: Path) -> None:
+def refuse_other_conditions(other: "Pretrained", data: ImageDataset, path: Path) -> None:
     """Raises UserError where the model takes classes or vectors, and the data has none or others."""
     network = other.denoiser.network
     if network.condition_dim and network.condition_dim != data.condition_dim:

@@ -8,9 +8,9 @@ import torch
 
 from mucs_cli.config import PipelineConfig
 from mucs_cli.data.dataset import ImageDataset
-from mucs_cli.diffusion.checkpoint import PRECONDITIONINGS, precondition
+from mucs_cli.diffusion.checkpoint import PRECONDITIONINGS, network_class, precondition
 from mucs_cli.diffusion.denoiser import Denoiser
-from mucs_cli.diffusion.networks import AUGMENTATION_DIM, DiT, UNet
+from mucs_cli.diffusion.networks import AUGMENTATION_DIM
 from mucs_cli.errors import UserError
 from mucs_cli.rng import derive_seed
 from mucs_cli.schemas import DiffusionConfig, DiTConfig, EDMConfig, NetworkConfig, UNetConfig
@@ -50,10 +50,10 @@ def build_denoiser(config: PipelineConfig, data: ImageDataset) -> Denoiser:
     }
     torch.manual_seed(derive_seed(config.training.seed, "initial_weights"))  # layers initialise from the global state
     if isinstance(config.model, DiTConfig):
-        network: DiT | UNet = DiT(**dit_arguments(config.model, data.height), **common)
+        network = network_class("DiT")(**dit_arguments(config.model, data.height), **common)
     else:
         assert isinstance(config.model, UNetConfig)
-        network = UNet(**unet_arguments(config.model, data.height), **common)
+        network = network_class("UNet")(**unet_arguments(config.model, data.height), **common)
     return precondition(network, preconditioning_facts(config.diffusion, data), "diffusion")
 
 

@@ -16,8 +16,9 @@ from printing import print_result
 from mucs_cli.attribution.scoring import bank_losses, blocks_of, choose_block_size
 from mucs_cli.attribution.skew import mean_skew
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.runtime import keep_freed_memory
 
 REPEATS = 5

@@ -36,7 +36,8 @@ from mucs_cli.attribution.unlearning import (
 from mucs_cli.attribution.unlearning_batch import BatchSource, RetainBatch
 from mucs_cli.attribution.unlearning_models import select_parameters
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.rng import ShuffledOrder
 from mucs_cli.runtime import keep_freed_memory
 

@@ -6,7 +6,8 @@ from torch import nn
 from mucs_cli.attribution.fisher import DiagonalFisher, damped_inverse
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.rng import generator
 
 DIGITS = torch.from_numpy(load_digits().images[:12, None]) / 8 - 1  # [12, 1, 8, 8], float64, in [-1, 1]

@@ -17,8 +17,9 @@ from mucs_cli.attribution.gradients import per_example_gradients
 from mucs_cli.attribution.projection import Projection
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.pretrained_networks import PretrainedDiT, PretrainedUNet, make_ready
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.diffusion.vp import VPDenoiser
 
 

@@ -12,8 +12,9 @@ from mucs_cli.attribution.scoring import (
 )
 from mucs_cli.attribution.skew import mean_skew
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
+from mucs_cli.diffusion.unet import UNet
 
 
 def model(kind):

@@ -12,9 +12,10 @@ from mucs_cli.attribution.scoring import bank_losses, independent_noise
 from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, TransformerBlock, UNet
+from mucs_cli.diffusion.networks import DiT, TransformerBlock
 from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.diffusion.pretrained_networks import PretrainedDiT, PretrainedUNet, make_ready
+from mucs_cli.diffusion.unet import UNet
 
 NUM_IMAGES, NUM_DRAWS = 32, 3
 

@@ -8,7 +8,8 @@ from mucs_cli.attribution.null_loss import monte_carlo_null_loss
 from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningSettings, unlearn
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.rng import generator
 
 

@@ -15,9 +15,10 @@ from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningSettings, unlearn
 from mucs_cli.attribution.unlearning_batch import BatchSource, similarity_weight
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.diffusion.pretrained_networks import PretrainedUNet
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.rng import generator
 
 DIGITS = torch.from_numpy(load_digits().images[:24, None]) / 8 - 1  # [24, 1, 8, 8], float64, in [-1, 1]

@@ -22,8 +22,9 @@ from mucs_cli.attribution.unlearning import (
 from mucs_cli.attribution.unlearning_batch import similarity_weight
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.pretrained_networks import PretrainedDiT, PretrainedUNet
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.diffusion.vp import VPDenoiser
 from mucs_cli.rng import ShuffledOrder
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.sampler import karras_sigmas, sample_heun
+from mucs_cli.diffusion.unet import UNet
 
 
 class Gaussian(nn.Module):

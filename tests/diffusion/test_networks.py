@@ -7,7 +7,8 @@ from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.diffusion.augmentation import augment
 from mucs_cli.diffusion.checkpoint import load_denoiser, save_denoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.errors import UserError
 
 

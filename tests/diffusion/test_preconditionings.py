@@ -11,10 +11,11 @@ from torch import nn
 from mucs_cli.diffusion.checkpoint import load_denoiser, precondition, save_denoiser
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import EDMDenoiser
-from mucs_cli.diffusion.networks import DiT, UNet
+from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.diffusion.sampler import sample, sample_ddim, sample_heun
 from mucs_cli.diffusion.training import Trainer, TrainingSettings
+from mucs_cli.diffusion.unet import UNet
 from mucs_cli.diffusion.vp import VPDenoiser
 from mucs_cli.errors import UserError
 

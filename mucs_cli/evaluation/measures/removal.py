@@ -14,7 +14,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from mucs_cli.attribution.ranks import top
-from mucs_cli.evaluation.measures.statistics import Floats
 
 Ids = NDArray[np.int64]
 NUM_ROLLS = 10
@@ -115,7 +114,7 @@ def expected_union(num_examples: int, k: int, num_targets: int) -> float:
     return float(num_examples * (1 - (1 - k / num_examples) ** num_targets))
 
 
-def own_and_others(similarity: ArrayLike) -> tuple[Floats, Floats]:
+def own_and_others(similarity: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """In a removal for one query at a time: each query under its own removal, and under those for the others.
 
     The two differ in whose images are gone, not in how many nor in which query is looked at; a method that finds causes
@@ -136,5 +135,5 @@ def own_and_others(similarity: ArrayLike) -> tuple[Floats, Floats]:
     if num_queries < 2:
         return own, np.full(num_queries, np.nan)
     off_diagonal = np.where(np.eye(num_queries, dtype=bool), 0.0, matrix)
-    others: Floats = off_diagonal.sum(axis=0) / (num_queries - 1)
+    others: NDArray[np.float64] = off_diagonal.sum(axis=0) / (num_queries - 1)
     return own, others
