@@ -43,6 +43,10 @@ CLOSED = re.compile(r"hydra[./](callbacks|job_logging|hydra_logging)(?!\w)")
 """Hydra's settings that run code by themselves, or would take the log away."""
 
 
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
+"""Launchers that are installed apart -> the extra that brings them."""
+
+
 def parse(overrides: list[str]) -> list[Override]:
     """Parsed overrides.
 
@@ -197,6 +201,9 @@ def as_user_error(error: Exception, command: str, overrides: list[Override]) -> 
             return composing_error(cause, str(cause.full_key), where, command, overrides)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MissingConfigException):
+        launcher = str(error.missing_cfg_file).removeprefix("hydra/launcher/")
+        if launcher in LAUNCHERS:
+            return UserError("hydra/launcher", f"needs {launcher}. Run pip install 'mucs[{LAUNCHERS[launcher]}]'.")
         options = ", ".join(lines[2:]).split(", Config search path")[0]
         return UserError("configuration", f"{lines[0]}; expected {options}. Name an existing one.")
     return UserError("configuration", f"{lines[0] if lines else repr(error)}. See mucs {command} --help.")
