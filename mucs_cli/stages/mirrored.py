@@ -104,15 +104,23 @@ class MirroredUnlearner(Unlearner):
     def results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
         left = list(queries)
         while left:
-            chosen = left[: self.stack_size]
+            begun = self._begun_with(left[0])
+            chosen = begun or left[: self.stack_size]
             self.num_at_once = len(chosen)
+            alone = len(chosen) == 1 and not begun
             try:
-                for query, result in super().results(chosen) if len(chosen) == 1 else self.stacked_results(chosen):
-                    left.remove(query)
+                for query, result in super().results(chosen) if alone else self.stacked_results(chosen):
                     self.num_at_once -= 1
-                    yield query, result
+                    if query in left:  # else it was saved before an interruption, and only the others need it again
+                        left.remove(query)
+                        yield query, result
             except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
                 self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")
+
+    def _begun_with(self, query: int) -> list[int]:
+        """The stack in which an interrupted attempt began the query, where stacks may be as large now."""
+        begun = [] if self.checkpoints is None else self.checkpoints.stack_of(query)
+        return begun if len(begun) <= self.stack_size else []
 
     def stacked_results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
         """The queries unlearned at once, each result as soon as its query has stopped."""
@@ -120,8 +128,14 @@ class MirroredUnlearner(Unlearner):
         sources = [self.source(query) for query in queries]
         with self.divergence_named():
             yield from unlearn_stacked(
-                self.work.inputs.model.denoiser, self.trainable, sources, self.settings, self.on_step
+                self.work.inputs.model.denoiser,
+                self.trainable,
+                sources,
+                self.settings,
+                self.on_step,
+                checkpoints=self.checkpoints,
             )
+        self.forget_state()
 
     def source(self, query: int) -> BatchSource:
         """A query's batches, the same as in ``unlearn``."""
@@ -181,6 +195,7 @@ class MirroredUnlearner(Unlearner):
             self.on_step,
             noise_levels=self.noise_levels,
             instance_weight=self.instance_weight(image, retain_batch),
+            checkpoints=self.checkpoints,
         )
 
     def retain_batches(self, query: int) -> RetainBatch:

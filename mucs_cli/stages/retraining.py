@@ -155,7 +155,8 @@ class Retrainings:
             trainer = Trainer(denoiser, training_settings(training))
             ids = np.setdiff1d(data.training, np.array(task.removed, dtype=np.int64))
             in_batches_of = data.training if task.in_batches_of_all else None
-            facts = fit(trainer, data, ids, folder, training, device, title, in_batches_of)
+            saved_every = self.context.config.checkpoint.every_seconds
+            facts = fit(trainer, data, ids, folder, saved_every, device, title, in_batches_of)
             files = save_denoiser(folder / "model", denoiser, trainer.result())
             write_tensors(folder / "removed.safetensors", {"example_id": torch.tensor(task.removed, dtype=torch.int64)})
             counts = {"training_images": len(ids), "removed": len(task.removed), "steps": trainer.step}

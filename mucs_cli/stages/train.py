@@ -31,7 +31,7 @@ def run(context: Context) -> None:
         write_tensors(folder / "initial.safetensors", dict(denoiser.network.named_parameters()))
         denoiser.network.to(device)
         trainer = Trainer(denoiser, training_settings(config.training))
-        facts = fit(trainer, data, data.training, folder, config.training, device)
+        facts = fit(trainer, data, data.training, folder, config.checkpoint.every_seconds, device)
         model_files = save_denoiser(folder / "model", denoiser, trainer.result())
         stage.finish(
             {

@@ -7,6 +7,7 @@ from statistics import median
 from mucs_cli.artifacts import write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
 from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work
@@ -39,6 +40,8 @@ def run(context: Context) -> None:
     stage.begin()
     with log_file(folder / "log.txt"):
         unlearner.prepare()
+        checkpoints = QueryCheckpoints(folder / "checkpoint", context.config.checkpoint.every_seconds)
+        unlearner.checkpoints = checkpoints
         results = {record["query"]: record for record in stage.previous.get("results", [])}
         results |= {
             int(query): {"query": int(query), **summary}
@@ -49,7 +52,7 @@ def run(context: Context) -> None:
         todo = [query for query in queries.selected if query not in results]
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
         done = len(queries.selected) - len(todo)
-        with Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
+        with checkpoints, Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
             unlearner.on_step = lambda step: progress.advance(
                 0,
                 f"step {step.step}, forget loss {step.forget_loss:.3f}",

@@ -12,6 +12,7 @@ from torch import Tensor
 from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, UnlearningSettings, UnlearningStep
 from mucs_cli.errors import UserError
+from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.work import Work
 
 
@@ -25,6 +26,7 @@ class Unlearner(ABC):
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every update.
         num_at_once: how many queries are being unlearned side by side now.
+        checkpoints: states within a query; None for none.
         settings: of the updates; ready once it is prepared.
     """
 
@@ -37,6 +39,7 @@ class Unlearner(ABC):
         self.inputs: dict[str, Any] = {}
         self.on_step: Callable[[UnlearningStep], None] | None = None
         self.num_at_once = 1
+        self.checkpoints: QueryCheckpoints | None = None
         self._first_gap = 0.0
 
     def prepare(self) -> None:
@@ -71,6 +74,12 @@ class Unlearner(ABC):
         """
         for query in queries:
             yield query, self.result(query)
+            self.forget_state()
+
+    def forget_state(self) -> None:
+        """Of the queries that were unlearned last, whose results are saved now."""
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
 
     @contextmanager
     def divergence_named(self) -> Iterator[None]:
@@ -94,7 +103,7 @@ class Unlearner(ABC):
         if settings.num_steps is not None:
             return (step.step + 1) / settings.num_steps
         gap, last = settings.bound - step.forget_loss, (1 - settings.tolerance) * settings.bound
-        if step.step == 0:
+        if step.step == 0 or not self._first_gap:  # not the first step of a query that goes on after an interruption
             self._first_gap = gap
         if gap <= last:
             return 1.0
