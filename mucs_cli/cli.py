@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mucs_cli import __version__, completion, help, interruption
+from mucs_cli import __version__, completion, help, interruption, tracking
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
@@ -241,6 +241,7 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
             if job.mode == RunMode.MULTIRUN:
                 runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
         context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
+        tracking.use(getattr(context.config, "tracker", "none"))
         stage = "plan" if getattr(context.config, "plan", False) else command
         importlib.import_module(f"mucs_cli.stages.{stage}").run(context)
     except UserError as error:

@@ -98,6 +98,10 @@ class UnlearningStep:
     forget_loss: float
 
 
+OnStep = Callable[[int, UnlearningStep], None]
+"""Is told of a query's id and the losses of its step."""
+
+
 @dataclass
 class UnlearningResult:
     """num_steps: updates taken; reached_bound: whether the stop rule ended the run (None where it was not asked).
@@ -163,7 +167,7 @@ def unlearn(
     settings: UnlearningSettings,
     seed: int,
     query_id: int,
-    on_step: Callable[[UnlearningStep], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     preconditioner: Mapping[str, Tensor] | None = None,
     noise_levels: Tensor | None = None,
@@ -186,7 +190,7 @@ def unlearn(
         settings: hyperparameters and the bound.
         seed, query_id: noise of step i comes from the stream ("unlearning", query_id, i), and of its further batches k
             from ("unlearning", query_id, i, k), whatever other queries exist.
-        on_step: called with each step's losses.
+        on_step: called with the query's id and each step's losses.
         preconditioner: name -> factors of the gradient, in the parameter's shape, for every trainable parameter.
         noise_levels: levels to draw from uniformly, [L]; None for the distribution the model is trained with.
         instance_weight: weights of the training images of each batch, scaled to mean 1 there.
@@ -216,7 +220,7 @@ def unlearn_stacked(
     trainable: Sequence[str],
     sources: Sequence[BatchSource],
     settings: UnlearningSettings,
-    on_step: Callable[[UnlearningStep], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     micro_batch_key: str = "unlearning.micro_batch_size",
     checkpoints: Checkpoints | None = None,
@@ -229,7 +233,7 @@ def unlearn_stacked(
     Args:
         denoiser, trainable, settings, micro_batch_key, checkpoints: as in ``unlearn``.
         sources: each query's batches, from ``batch_source``.
-        on_step: called with each step's losses, query by query.
+        on_step: called with the query's id and each step's losses, query by query.
     Yields:
         A query's id and its result, as soon as it has stopped.
     Raises:
@@ -277,7 +281,7 @@ def step_seconds(
     """
     starts: dict[int, float] = {}
 
-    def note(step: UnlearningStep) -> None:
+    def note(_: int, step: UnlearningStep) -> None:
         starts.setdefault(step.step, time.perf_counter())
 
     denoiser.network.eval()
@@ -335,7 +339,7 @@ def _unlearn(
     models: Models,
     sources: Sequence[BatchSource],
     settings: UnlearningSettings,
-    on_step: Callable[[UnlearningStep], None] | None,
+    on_step: OnStep | None,
     memory: "_MemoryLimit",
     preconditioner: Mapping[str, Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -427,14 +431,14 @@ def _shared_time(runs: Sequence[_Run]) -> Iterator[None]:
         run.result.seconds += share
 
 
-def _record(run: _Run, step: UnlearningStep, on_step: Callable[[UnlearningStep], None] | None) -> None:
+def _record(run: _Run, step: UnlearningStep, on_step: OnStep | None) -> None:
     """Adds a step to the log; raises NonFiniteLossError."""
     for value in (step.retain_loss, step.forget_loss):
         if value is not None and not math.isfinite(value):
             raise NonFiniteLossError(step.step, value, run.source.query_id)
     run.result.log.append(step)
     if on_step is not None:
-        on_step(step)
+        on_step(run.source.query_id, step)
 
 
 def _finished(

@@ -51,7 +51,8 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
             pass_index, start = divmod(done, work.num_images)
             ids = data.training[start : start + size]
             image = data.images(ids).to(work.inputs.device)
-            condition = data.conditions(ids).to(image.device) if work.is_conditional else None
+            condition = data.conditions(ids) if work.is_conditional else None
+            condition = None if condition is None else condition.to(image.device)
             before = fisher.num_visits
             try:
                 with held_back():

@@ -80,8 +80,8 @@ def fit(
 
         def on_step(loss: float) -> None:
             nonlocal last_saved
-            note = f", held-out {trainer.validation[-1]:.3f}" if trainer.validation else ""
-            progress.advance(note=f"loss {loss:.3f}{note}")
+            held_out = {"held_out_loss": trainer.validation[-1]} if trainer.validation else {}
+            progress.advance(numbers={"loss": loss, **held_out})
             if time.monotonic() - last_saved > checkpoint_seconds:
                 save()
                 last_saved = time.monotonic()

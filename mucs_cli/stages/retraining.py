@@ -22,7 +22,7 @@ from mucs_cli.diffusion.training import Trainer
 from mucs_cli.errors import UserError
 from mucs_cli.locks import locked
 from mucs_cli.rehearsal import Loop, StagePlan
-from mucs_cli.runtime import log, log_file
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.fitting import files_of, fit, training_settings
@@ -149,7 +149,7 @@ class Retrainings:
         training = replace(self.context.config.training, seed=task.seed)
         stage = Stage(folder, "evaluate", self.identity(task))
         stage.begin()
-        with log_file(folder / "log.txt"):
+        with stage_log(folder):
             denoiser = build_denoiser(replace(self.context.config, training=training), data)
             denoiser.network.to(device)
             trainer = Trainer(denoiser, training_settings(training))

@@ -1,12 +1,13 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 from mucs_cli.artifacts import write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
-from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.runtime import Progress, log, stage_log
 from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
@@ -38,7 +39,7 @@ def run(context: Context) -> None:
         log.info("unlearn: up to date (%s)", folder)
         return
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         unlearner.prepare()
         checkpoints = QueryCheckpoints(folder / "checkpoint", context.config.checkpoint.every_seconds)
         unlearner.checkpoints = checkpoints
@@ -53,9 +54,9 @@ def run(context: Context) -> None:
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
         done = len(queries.selected) - len(todo)
         with checkpoints, Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
-            unlearner.on_step = lambda step: progress.advance(
+            unlearner.on_step = lambda query, step: progress.advance(
                 0,
-                f"step {step.step}, forget loss {step.forget_loss:.3f}",
+                {"query": query, **asdict(step)},
                 unlearner.num_at_once
                 * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
             )
@@ -65,7 +66,7 @@ def run(context: Context) -> None:
                 summary = result.summary()
                 results[query] = {"query": query, **summary}
                 stage.save_progress(stage.progress | {str(query): summary})
-                progress.advance(note=describe(result))
+                progress.advance(numbers={"query": query, "step": result.num_steps, "query_loss": result.query_loss})
                 log.info("unlearn: query %d, %s", query, describe(result))
                 if result.reached_bound is False:
                     log.warning(

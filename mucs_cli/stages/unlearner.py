@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from mucs_cli.attribution.trainable import trainable_names
-from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, UnlearningSettings, UnlearningStep
+from mucs_cli.attribution.unlearning import (
+    NonFiniteLossError,
+    OnStep,
+    UnlearningResult,
+    UnlearningSettings,
+    UnlearningStep,
+)
 from mucs_cli.errors import UserError
 from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.work import Work
@@ -24,7 +30,7 @@ class Unlearner(ABC):
         trainable: names of the parameters that may change.
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
-        on_step: told of every update.
+        on_step: told of every query's every step.
         num_at_once: how many queries are being unlearned side by side now.
         checkpoints: states within a query; None for none.
         settings: of the updates; ready once it is prepared.
@@ -37,7 +43,7 @@ class Unlearner(ABC):
         self.work = work
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
-        self.on_step: Callable[[UnlearningStep], None] | None = None
+        self.on_step: OnStep | None = None
         self.num_at_once = 1
         self.checkpoints: QueryCheckpoints | None = None
         self._first_gap = 0.0
