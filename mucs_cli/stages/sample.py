@@ -100,6 +100,7 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
         columns = {"file": [""] * len(seeds) + [inputs.pixels.file[i] for i in images]} if len(images) else {}
         facts = {"device": str(inputs.device), "seeds": {"queries": config.seed}}
         write_queries(stage, NewQueries(tensors, prints, columns), facts)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray:
@@ -122,7 +123,8 @@ def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray
 
 def generated_tensors(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
     """What is stored of images that are sampled now, one a seed."""
-    tensors = {"image": generate(context, inputs, seeds, condition), "seed": seeds}
+    kept = context.folder("sample", "checkpoint")
+    tensors = {"image": generate(context, inputs, seeds, condition, kept), "seed": seeds}
     if inputs.model.codec is not None:
         tensors["picture"] = decode(inputs.model.codec, tensors["image"], inputs.device)
     if condition is not None:

@@ -8,7 +8,6 @@ from statistics import median
 from mucs_cli.artifacts import write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
 from mucs_cli.runtime import Progress, log, stage_log
-from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work
@@ -41,8 +40,6 @@ def run(context: Context) -> None:
     stage.begin()
     with stage_log(folder):
         unlearner.prepare()
-        checkpoints = QueryCheckpoints(folder / "checkpoint", context.config.checkpoint.every_seconds)
-        unlearner.checkpoints = checkpoints
         results = {record["query"]: record for record in stage.previous.get("results", [])}
         results |= {
             int(query): {"query": int(query), **summary}
@@ -52,8 +49,9 @@ def run(context: Context) -> None:
         keep_log_of(folder / "log.jsonl", set(results))
         todo = [query for query in queries.selected if query not in results]
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
-        done = len(queries.selected) - len(todo)
-        with checkpoints, Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
+        total = len(queries.selected)
+        done = total - len(todo)
+        with unlearner.checkpoints, Progress("unlearn", total, "queries", done, REHEARSED_SECONDS) as progress:
             unlearner.on_step = lambda query, step: progress.advance(
                 0,
                 {"query": query, **asdict(step)},

@@ -32,7 +32,7 @@ class Unlearner(ABC):
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every query's every step.
         num_at_once: how many queries are being unlearned side by side now.
-        checkpoints: states within a query; None for none.
+        checkpoints: states within a query.
         settings: of the updates; ready once it is prepared.
     """
 
@@ -45,7 +45,8 @@ class Unlearner(ABC):
         self.inputs: dict[str, Any] = {}
         self.on_step: OnStep | None = None
         self.num_at_once = 1
-        self.checkpoints: QueryCheckpoints | None = None
+        folder = work.context.folder("unlearn", work.context.unlearn_variant())
+        self.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
         self._first_gap = 0.0
 
     def prepare(self) -> None:
@@ -80,11 +81,6 @@ class Unlearner(ABC):
         """
         for query in queries:
             yield query, self.result(query)
-            self.forget_state()
-
-    def forget_state(self) -> None:
-        """Of the queries that were unlearned last, whose results are saved now."""
-        if self.checkpoints is not None:
             self.checkpoints.finish()
 
     @contextmanager
