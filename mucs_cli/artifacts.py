@@ -356,7 +356,7 @@ class Stage:
     def keep_aside(self, name: str) -> None:
         """Before a file of the finished stage is replaced: until the manifest says so, an interruption needs the old.
 
-        ``previous_file`` finds it.
+        ``previous_tensors`` finds it.
         """
         path = self.folder / name
         if self.previous and sha256_file(path) == self.previous["outputs"][name]["sha256"]:
@@ -366,7 +366,7 @@ class Stage:
             except OSError:  # a file system without links
                 shutil.copyfile(path, kept_aside(path))
 
-    def previous_file(self, name: str) -> dict[str, Tensor]:
+    def previous_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file of the finished stage that lacks some queries, as its manifest names it.
 
         Raises:

@@ -224,9 +224,8 @@ class Progress:
             raise Enough
 
     def _show(self) -> None:
-        note = note_of(self.numbers)
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=note)
+            self.bar.update(self.task, completed=self.done, note=note_of(self.numbers))
         now = time.monotonic()
         if now - self.last_line < LINE_SECONDS:
             return
@@ -235,6 +234,7 @@ class Progress:
         if self.bar is None:
             rate = self._rate(now)
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
+            note = note_of(self.numbers)
             log.info(
                 "%s: %d/%d %s, %.3g/s, %s left%s",
                 self.title,

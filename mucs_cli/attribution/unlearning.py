@@ -349,9 +349,10 @@ def _unlearn(
     limit = settings.max_steps if settings.num_steps is None else settings.num_steps
     runs = [_Run(source, source.probe(), UnlearningResult({}, 0, False if has_rule else None)) for source in sources]
     if checkpoints is not None:
-        kept = checkpoints.begin(_ids(models, runs), lambda: _state(models, runs))
-        if kept:
-            _load_state(models, runs, kept)
+        with held_back():  # until the state is that of the checkpoint
+            kept = checkpoints.begin(_ids(models, runs), lambda: _state(models, runs))
+            if kept:
+                _load_state(models, runs, kept)
     for step in range(runs[0].result.num_steps, limit + 1 if has_rule else limit):
         with _shared_time(runs):
             first = [run.source.batch(step, 0) for run in runs]

@@ -28,9 +28,8 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> 
     newest = folder / f"step_{step:09d}.safetensors"
     write_tensors(newest, tensors)
     kept = sorted(path for path in folder.glob("step_*.safetensors") if path <= newest)[-KEPT:]
-    for (
-        path
-    ) in folder.iterdir():  # of later steps, which could not be read, and what a killed process left half written
+    # The others are older, or of later steps and cannot be read, or what a killed process left half written.
+    for path in folder.iterdir():
         if path not in kept:
             path.unlink()
 
@@ -48,7 +47,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 class QueryCheckpoints:
     """States of unlearning within a query: a folder for every query that was begun, or for several that are stacked.
 
-    As a context manager around the unlearning: an interruption saves the present state; at the end nothing is kept.
+    As a context manager around the unlearning: an interruption saves the present state.
 
     Args:
         folder: holds the folders.
@@ -69,8 +68,6 @@ class QueryCheckpoints:
     ) -> None:
         if isinstance(error, INTERRUPTIONS) and self._state is not None:
             self.save()
-        elif error is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def stack_of(self, query: int) -> list[int]:
         """The stack of which a state was saved that holds this query; empty where there is none."""

@@ -80,12 +80,8 @@ def generate(
             part = slice(done, done + size)
             steps = 0
             label = None if condition is None else condition[part].to(device)
-            kept = None
-            if folder is not None and len(seeds) > size:
-                kept = (
-                    folder
-                    / f"{fingerprint(seeds[part], 'none' if condition is None else condition[part])[:16]}.safetensors"
-                )
+            key = fingerprint(seeds[part], *([] if condition is None else [condition[part]]))[:16]
+            kept = None if folder is None or len(seeds) <= size else folder / f"{key}.safetensors"
             if kept is not None and kept.exists():
                 images.append(read_tensors(kept)["image"])
                 done += len(images[-1])

@@ -238,7 +238,7 @@ def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
     tensors.setdefault("role", torch.full((len(new.fingerprints),), ROLES["generated"]))
     path = folder / "samples.safetensors"
     if known:
-        old = stage.previous_file(path.name)
+        old = stage.previous_tensors(path.name)
         stage.keep_aside(path.name)
         tensors = {name: torch.cat([old[name], tensor]) for name, tensor in tensors.items()}
         columns = joined_columns(folder / "queries.csv", columns, len(known))

@@ -107,7 +107,7 @@ def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
     """query -> its row [N] of each tensor, of a finished stage that lacks some queries; empty without one."""
     if not stage.previous:
         return {}
-    tensors = stage.previous_file(SCORES)
+    tensors = stage.previous_tensors(SCORES)
     stage.keep_aside(SCORES)
     names = [name for name in ("score", "draws") if name in tensors]
     return {

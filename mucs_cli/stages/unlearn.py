@@ -1,6 +1,7 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -74,6 +75,7 @@ def run(context: Context) -> None:
                         result.num_steps,
                         unlearner.facts()["learning_rate"],
                     )
+        shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
         # what an interrupted attempt with another queries.index has done counts as well
         stage.queries = {query: queries.fingerprints[query] for query in results}
         stage.finish(
