@@ -261,7 +261,7 @@ class Stage:
                     return True
                 continue
             if self.overwrite:
-                shutil.rmtree(self.folder)
+                remove_stage(self.folder)
                 self.previous = {}
                 return False
             key, ours, theirs = difference
@@ -348,7 +348,47 @@ class Stage:
         }
         write_json(self.folder / "manifest.json", manifest)
         (self.folder / "state.json").unlink(missing_ok=True)
+        for path in outputs:
+            journal_of(path).unlink(missing_ok=True)
+            kept_aside(path).unlink(missing_ok=True)
         return manifest
+
+    def keep_aside(self, name: str) -> None:
+        """Before a file of the finished stage is replaced: until the manifest says so, an interruption needs the old.
+
+        ``previous_tensors`` finds it.
+        """
+        path = self.folder / name
+        if self.previous and sha256_file(path) == self.previous["outputs"][name]["sha256"]:
+            kept_aside(path).unlink(missing_ok=True)
+            try:
+                os.link(path, kept_aside(path))
+            except OSError:  # a file system without links
+                shutil.copyfile(path, kept_aside(path))
+
+    def previous_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file of the finished stage that lacks some queries, as its manifest names it.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        aside, recorded = kept_aside(self.folder / name), self.previous["outputs"][name]["sha256"]
+        is_aside = aside.exists() and sha256_file(aside) == recorded
+        return read_tensors(aside if is_aside else self.folder / name, recorded)
+
+
+def kept_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def remove_stage(folder: Path) -> None:
+    """Empties a stage's folder; what says whose files these are goes last, in case of an interruption."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("manifest.json", "state.json"):
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def require_manifest(folder: Path, command: str) -> dict[str, Any]:
@@ -380,11 +420,16 @@ def command_hint(folder: Path, command: str) -> str:
 # --- files filled block by block -------------------------------------------------------------------------------------
 
 
+def journal_of(path: Path) -> Path:
+    return path.with_name(path.name + ".journal")
+
+
 class BlockFile:
     """A safetensors file that is filled block by block and survives an interruption.
 
     The file is preallocated as ``<name>.partial`` and memory-mapped; ``<name>.journal`` lists the finished blocks, a
-    line each, appended after the block's bytes are durable. ``finish`` renames the file into place.
+    line each, appended after the block's bytes are durable. ``finish`` renames the file into place. A journal that is
+    still there then says that the file is whole, though no manifest names it yet.
 
     Args:
         path: the finished file.
@@ -395,7 +440,7 @@ class BlockFile:
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], identity: str):
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        self.journal = path.with_name(path.name + ".journal")
+        self.journal = journal_of(path)
         offset = 0
         header: dict[str, dict[str, Any]] = {}
         for name, (dtype, shape) in tensors.items():
@@ -408,10 +453,12 @@ class BlockFile:
             offset += size
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
-        self.done: set[int] = self._finished_blocks(identity)
+        start = 8 + len(encoded)
+        self.done: set[int] = self._finished_blocks(identity, start + offset)
         try:
             if not self.done:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                self.journal.unlink(missing_ok=True)  # first: what it lists is not in the new file
                 with self.partial.open("wb") as file:
                     file.write(len(encoded).to_bytes(8, "little") + encoded)
                     os.posix_fallocate(file.fileno(), 0, 8 + len(encoded) + max(offset, 1))
@@ -421,22 +468,29 @@ class BlockFile:
             raise UserError(
                 str(path), f"cannot be written ({error}). Choose another run=, or free the disk."
             ) from error
-        start = 8 + len(encoded)
         self.arrays: dict[str, np.memmap] = {
             name: np.memmap(self.partial, dtype, "r+", start + header[name]["data_offsets"][0], shape)
             for name, (dtype, shape) in tensors.items()
         }
 
-    def _finished_blocks(self, identity: str) -> set[int]:
-        if not (self.journal.exists() and self.partial.exists()):
+    def _finished_blocks(self, identity: str, size: int) -> set[int]:
+        if not self.journal.exists():
             return set()
-        lines = self.journal.read_text().splitlines()
-        try:
-            records = [json.loads(line) for line in lines]
-        except ValueError:  # a line cut short by a crash: only that block is redone
-            records = [json.loads(line) for line in lines[:-1]]
+        records, whole = [], ""
+        for line in self.journal.read_text().splitlines(keepends=True):
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # cut short by a crash: only that block is redone
+                break
+            whole += line
         if not records or records[0].get("identity") != identity:
             return set()
+        if not self.partial.exists():
+            if not self.path.exists() or self.path.stat().st_size != size:
+                return set()
+            self.path.replace(self.partial)  # an interruption came just after it was put in place
+        if whole != self.journal.read_text():
+            write_text(self.journal, whole)  # the next line must not be appended to a part of one
         return {record["block"] for record in records[1:]}
 
     def commit(self, block: int) -> None:
@@ -449,15 +503,20 @@ class BlockFile:
             os.fsync(file.fileno())
         self.done.add(block)
 
-    def finish(self) -> None:
-        """Renames the file into place and removes the journal."""
+    def finish(self, keep_journal: bool = False) -> None:
+        """Renames the file into place and removes the journal.
+
+        Args:
+            keep_journal: until ``Stage.finish`` has recorded the file: an interruption before that loses nothing.
+        """
         for array in self.arrays.values():
             array.flush()
         self.arrays.clear()
         sync(self.partial)
         self.partial.replace(self.path)
         sync(self.path.parent)
-        self.journal.unlink()
+        if not keep_journal:
+            self.journal.unlink()
 
     def discard(self) -> None:
         """Removes what was written: it has been used."""

@@ -12,15 +12,12 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mucs_cli import __version__, completion, help
+from mucs_cli import __version__, completion, help, interruption, tracking
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
@@ -43,10 +40,6 @@ class CommandFailed(SystemExit):
         self.line = line
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that files are closed and work in progress is kept."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code.
 
@@ -57,25 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
     # Read when torch is loaded. By default a waiting thread spins for milliseconds, which costs nothing on an idle
     # machine, but slows the command several times where other processes want the cores too.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        return dispatch(arguments)
+        with interruption.handled():
+            return dispatch(arguments)
     except (UserError, CommandFailed) as error:
         line = error.line if isinstance(error, CommandFailed) else str(error)
         print(f"mucs: error: {line}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as error:
+    except interruption.INTERRUPTIONS as error:
         again = shlex.join(["mucs", *arguments])
         print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -253,6 +241,7 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
             if job.mode == RunMode.MULTIRUN:
                 runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
         context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
+        tracking.use(getattr(context.config, "tracker", "none"))
         stage = "plan" if getattr(context.config, "plan", False) else command
         importlib.import_module(f"mucs_cli.stages.{stage}").run(context)
     except UserError as error:

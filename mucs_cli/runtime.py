@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from mucs_cli import tracking
 from mucs_cli.errors import UserError
 from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
 
@@ -114,14 +115,15 @@ def set_up_logging() -> None:
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Also writes the log to ``path``, appending, with times."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+def stage_log(folder: Path) -> Iterator[None]:
+    """Also writes the log to ``log.txt`` in a stage's folder, with times, and its progress to ``progress.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
-        yield
+        with tracking.in_folder(folder):
+            yield
     finally:
         log.removeHandler(handler)
         handler.close()
@@ -140,6 +142,8 @@ def is_live() -> bool:
 class Progress:
     """Progress with rate and time left: a bar on a terminal, otherwise a line every ten seconds.
 
+    At the same pace, and at the end, a line goes to the stage's ``progress.jsonl``, see ``tracking``.
+
     Args:
         title: what is being done, for example "train".
         total: how many units there are.
@@ -155,6 +159,8 @@ class Progress:
     ):
         self.title, self.total, self.unit = title, total, unit
         self.done = self.first = done
+        self.is_tracked = True
+        self.numbers: Mapping[str, tracking.Number] = {}
         self.started = self.last_line = time.monotonic()
         self.bar: RichProgress | None = None
         self.leave_after = leave_after
@@ -182,6 +188,8 @@ class Progress:
     ) -> bool:
         if self.bar is not None:
             self.bar.stop()
+        if not self.is_tracked:
+            self._track(time.monotonic())
         if self.rehearsal is not None and (error is None or isinstance(error, Enough)):
             now = time.monotonic()
             rehearsed, spent = self.done - self.first, now - self.started
@@ -198,30 +206,35 @@ class Progress:
         yield
         self.pace.set_up(time.monotonic() - started)
 
-    def advance(self, count: int = 1, note: str = "", begun: float = 0.0) -> None:
+    def advance(self, count: int = 1, numbers: Mapping[str, tracking.Number] | None = None, begun: float = 0.0) -> None:
         """Counts ``count`` more units.
 
         Args:
             count: how many were finished.
-            note: stands beside them (the loss, for example).
+            numbers: stand beside them (the loss, for example).
             begun: how many of the next ones are done, as far as can be told; for a rehearsal.
         """
         self.done += count
-        self._show(note)
+        self.numbers = numbers or {}
+        self.is_tracked = False
+        self._show()
         now = time.monotonic()
         self.pace.advance(count, begun, now)
         if self.rehearsal is not None and self.done < self.total and now - self.started > (self.leave_after or 0):
             raise Enough
 
-    def _show(self, note: str) -> None:
+    def _show(self) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=note)
-            return
+            self.bar.update(self.task, completed=self.done, note=note_of(self.numbers))
         now = time.monotonic()
-        if now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
-            rate = (self.done - self.first) / (now - self.started)
+        if now - self.last_line < LINE_SECONDS:
+            return
+        self.last_line = now
+        self._track(now)
+        if self.bar is None:
+            rate = self._rate(now)
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
+            note = note_of(self.numbers)
             log.info(
                 "%s: %d/%d %s, %.3g/s, %s left%s",
                 self.title,
@@ -232,3 +245,21 @@ class Progress:
                 left,
                 note and f", {note}",
             )
+
+    def _track(self, now: float) -> None:
+        self.is_tracked = True
+        if current_rehearsal() is None:
+            tracking.write(self.title, self.done, self.total, self.unit, self._rate(now), self.numbers)
+
+    def _rate(self, now: float) -> float:
+        """Units a second of this attempt."""
+        return (self.done - self.first) / max(now - self.started, 1e-9)
+
+
+def note_of(numbers: Mapping[str, tracking.Number]) -> str:
+    """``query 3, step 12, retain loss 0.182, forget loss 1.024``; what is None is left out."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.3f}' if isinstance(value, float) else value}"
+        for name, value in numbers.items()
+        if value is not None
+    )

@@ -300,7 +300,7 @@ def test_an_interrupted_run_says_how_to_go_on(number: int, code: int, tmp_path: 
         "run=r",
         "device=cpu",
         "data.limit=32",
-        "training.checkpoint_every_seconds=0.2",
+        "checkpoint.every_seconds=0.2",
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "mucs_cli", *arguments],

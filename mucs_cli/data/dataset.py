@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mucs_cli import tracking
 from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, sha256_file
 from mucs_cli.config import result_config
 from mucs_cli.data.images import ImageDataset, block_size
@@ -95,7 +96,7 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
     """
     source = open_source(config)
     stage = Stage(run / "data", "data", {"config": {"data": identity(config)}}, overwrite)
-    with locked(stage.folder):
+    with locked(stage.folder), tracking.in_folder(stage.folder):
         record, is_new = None, False
         if stage.is_done():
             try:

@@ -80,7 +80,7 @@ def fill_file(path: Path, identity: str, work: BlockWork) -> None:
                     for block in todo[p]:
                         work.fill(file.arrays, block, part, loaded, progress)
                         file.commit(p * len(blocks) + block.index)
-            file.finish()
+            file.finish(keep_journal=True)
             return
         except RuntimeError as error:
             work.shrink(error)
@@ -102,6 +102,7 @@ def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.ndarray | 
     if sha256_file(path) == require_manifest(path.parent, "score")["outputs"][path.name]["sha256"]:
         return map_tensor(path, name)
     log.warning("%s is damaged; computing it again", path)
+    path.unlink()
     return None
 
 

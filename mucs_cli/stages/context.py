@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mucs_cli.artifacts import Stage
     from mucs_cli.methods.base import Method
 
-PER_COMMAND = ("run", "device", "overwrite", "stages", "plan")
+PER_COMMAND = ("run", "device", "overwrite", "tracker", "stages", "plan")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
 MAY_BE_NAMES = (
     "data.text_encoder",
@@ -48,6 +48,8 @@ MAY_BE_NAMES = (
     "evaluation.dino_path",
 )
 """Keys that name a file or folder, or one on a hub or in another folder."""
+RENAMED = {"training.checkpoint_every_seconds": "checkpoint.every_seconds"}
+"""Keys that runs of earlier versions have recorded, and what they are called now; none changes a result."""
 PATHS = (
     "data.path",
     "model.path",
@@ -352,7 +354,16 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(
             str(path), f"got file format {record['format_version']}; expected at most {FORMAT_VERSION}. Update mucs."
         )
+    rename_keys(record["config"])
     return record
+
+
+def rename_keys(config: dict[str, Any]) -> None:
+    """Gives recorded keys their present names, in place."""
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if key in config.get(section, {}):
+            config.setdefault(new_section, {}).setdefault(new_key, config[section].pop(key))
 
 
 def chosen_experiment() -> str | None:

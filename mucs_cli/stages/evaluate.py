@@ -9,7 +9,7 @@ from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.rehearsal import StagePlan
 from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
-from mucs_cli.runtime import log
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import RESULTS, Evaluator, RetrainingEvaluator
 
@@ -32,13 +32,14 @@ def run(context: Context) -> None:
         log.info("evaluate: up to date (%s)", folder)
     else:
         stage.begin()
-        if isinstance(evaluator, RetrainingEvaluator):
-            evaluator.models.train(evaluator.retrainings())
-            if context.config.evaluation.worker is not None:
-                log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
-                return
-        stage.finish(evaluator.facts(), write_results(evaluator, evaluator.evaluate(), folder))
-        log.info("evaluate: results in %s", folder)
+        with stage_log(folder):
+            if isinstance(evaluator, RetrainingEvaluator):
+                evaluator.models.train(evaluator.retrainings())
+                if context.config.evaluation.worker is not None:
+                    log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
+                    return
+            stage.finish(evaluator.facts(), write_results(evaluator, evaluator.evaluate(), folder))
+            log.info("evaluate: results in %s", folder)
     print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout)
 
 

@@ -93,7 +93,7 @@ def rehearse(context: Context, cut: list[str]) -> StagePlan:
         notes += notes_on_updates(context, cut)
         lend_unlearned(context)
     disk = sum(max(0, size - before.get(path, 0)) for path, size in sizes_of(context.run).items())
-    if stage == "train" and plan.seconds > context.config.training.checkpoint_every_seconds:
+    if stage == "train" and plan.seconds > context.config.checkpoint.every_seconds:
         # the last two checkpoints: weights, their average and the two moments of AdamW
         disk += 2 * 4 * size_of(context.folder("train", "initial.safetensors"))
     return replace(plan, disk=disk, notes=notes)

@@ -88,7 +88,7 @@ class Races:
                 if query not in done:
                     facts = self._run(query, progress)
                     self.stage.save_progress(self.stage.progress | {str(query): facts})
-                    progress.advance(note=describe(facts))
+                    progress.advance(numbers={"query": query, "evaluations": facts["evaluations"]})
                     log.info("score: query %d, %s", query, describe(facts))
                     done.append(query)
         # a rehearsal leaves the loop early, and needs no scores
@@ -221,7 +221,7 @@ class Race:
             self.evaluations += len(row)
             self.progress.advance(
                 0,
-                f"query {self.query}, draw {num_draws} of {self.num_draws}, {len(rows)} images",
+                {"query": self.query, "draw": num_draws, "images": len(rows)},
                 min(1.0, self.computed / self.races.typical_evaluations()),
             )
         self.draws[rows] = num_draws

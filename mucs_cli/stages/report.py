@@ -11,7 +11,8 @@ from mucs_cli.reporting.facts import stage_manifests
 from mucs_cli.reporting.page import render_report, template_text
 from mucs_cli.reporting.pictures import top_picture
 from mucs_cli.reporting.results import RunResults
-from mucs_cli.runtime import log
+from mucs_cli.runtime import log, stage_log
+from mucs_cli.schemas import ReportConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import recorded_data
 
@@ -33,13 +34,18 @@ def run(context: Context) -> None:
     if is_current(folder, identity):
         log.info("report: up to date (%s)", folder / "index.html")
         return
+    page = render_report(results, config.report)  # which refuses what cannot be, before there is a folder
+    with stage_log(folder):
+        write(Stage(folder, "report", identity), page, results, config.report)
+
+
+def write(stage: Stage, page: str, results: RunResults, settings: ReportConfig) -> None:
+    """Fills the stage's folder."""
+    folder = stage.folder
     for name in results.unfinished:
         log.warning("report: score/%s is not finished; left out", name)
     for name in results.unfinished_evaluations:
         log.warning("report: evaluate/%s is not finished; left out", name)
-    settings = config.report
-    page = render_report(results, settings)
-    stage = Stage(folder, "report", identity)
     stage.begin()
     outputs = [folder / "index.html"]
     write_text(outputs[0], page)

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
+from mucs_cli.artifacts import Stage, fingerprint, read_json, write_atomic, write_tensors, write_text
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.errors import UserError
 from mucs_cli.rng import derive_seed, generator
-from mucs_cli.runtime import log, log_file
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import decode, encode
@@ -84,7 +84,7 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
         return
     condition = query_conditions(inputs.model, inputs.data, config)
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         first = len(stage.known_queries())
         seeds = torch.tensor([derive_seed(config.seed, "query", i) for i in range(min(first, config.num), config.num)])
         chosen = None if condition is None else condition[config.num - len(seeds) :]
@@ -100,6 +100,7 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
         columns = {"file": [""] * len(seeds) + [inputs.pixels.file[i] for i in images]} if len(images) else {}
         facts = {"device": str(inputs.device), "seeds": {"queries": config.seed}}
         write_queries(stage, NewQueries(tensors, prints, columns), facts)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray:
@@ -122,7 +123,8 @@ def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray
 
 def generated_tensors(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
     """What is stored of images that are sampled now, one a seed."""
-    tensors = {"image": generate(context, inputs, seeds, condition), "seed": seeds}
+    kept = context.folder("sample", "checkpoint")
+    tensors = {"image": generate(context, inputs, seeds, condition, kept), "seed": seeds}
     if inputs.model.codec is not None:
         tensors["picture"] = decode(inputs.model.codec, tensors["image"], inputs.device)
     if condition is not None:
@@ -169,7 +171,7 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
         log.info("sample: up to date (%s)", folder)
         return
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         new = order[len(stage.known_queries()) :]
         picture = found.image[new]
         tensors = {"image": picture}
@@ -236,7 +238,8 @@ def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
     tensors.setdefault("role", torch.full((len(new.fingerprints),), ROLES["generated"]))
     path = folder / "samples.safetensors"
     if known:
-        old = read_tensors(path, stage.previous["outputs"][path.name]["sha256"])
+        old = stage.previous_tensors(path.name)
+        stage.keep_aside(path.name)
         tensors = {name: torch.cat([old[name], tensor]) for name, tensor in tensors.items()}
         columns = joined_columns(folder / "queries.csv", columns, len(known))
     stage.queries = known | dict(enumerate(new.fingerprints, len(known)))

@@ -14,7 +14,7 @@ from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
-from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.runtime import Progress, log, stage_log
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import refuse_unsettled
@@ -53,7 +53,7 @@ def run(context: Context) -> None:
         log.info("score: up to date (%s)", folder)
     else:
         stage.begin()
-        with log_file(folder / "log.txt"):
+        with stage_log(folder):
             compute(stage, work, scorer, races)
     found = read_tensors(folder / SCORES)
     write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
@@ -107,7 +107,8 @@ def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
     """query -> its row [N] of each tensor, of a finished stage that lacks some queries; empty without one."""
     if not stage.previous:
         return {}
-    tensors = read_tensors(stage.folder / SCORES, stage.previous["outputs"][SCORES]["sha256"])
+    tensors = stage.previous_tensors(SCORES)
+    stage.keep_aside(SCORES)
     names = [name for name in ("score", "draws") if name in tensors]
     return {
         query: {name: tensors[name][row] for name in names} for row, query in enumerate(tensors["query_id"].tolist())

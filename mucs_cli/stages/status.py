@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mucs_cli import tracking
 from mucs_cli.errors import UserError
 from mucs_cli.stages.context import Context
 
@@ -140,15 +141,14 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
 
 
 def progress_of(folder: Path) -> str:
-    """``absent``, or ``unfinished`` with what its state.json and finished blocks tell."""
+    """``absent``, or ``unfinished`` with what its progress.jsonl or finished blocks tell."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return "absent"
-    state = read(folder / "state.json")
-    step, blocks = state.get("step"), 0
+    line, blocks = tracking.last_line(folder), 0
     for journal in folder.rglob("*.journal"):
         blocks += max(0, len(journal.read_text(encoding="utf-8").splitlines()) - 1)  # the first line is the identity
-    if step is not None:
-        return f"unfinished, step {step}"
+    if line.keys() >= {"done", "total", "unit"}:
+        return f"unfinished, {line['done']} of {line['total']} {line['unit']}"
     return f"unfinished, {blocks} blocks" if blocks else "unfinished"
 
 

@@ -1,12 +1,14 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 from mucs_cli.artifacts import write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
-from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.runtime import Progress, log, stage_log
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work
@@ -37,7 +39,7 @@ def run(context: Context) -> None:
         log.info("unlearn: up to date (%s)", folder)
         return
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         unlearner.prepare()
         results = {record["query"]: record for record in stage.previous.get("results", [])}
         results |= {
@@ -48,11 +50,12 @@ def run(context: Context) -> None:
         keep_log_of(folder / "log.jsonl", set(results))
         todo = [query for query in queries.selected if query not in results]
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
-        done = len(queries.selected) - len(todo)
-        with Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
-            unlearner.on_step = lambda step: progress.advance(
+        total = len(queries.selected)
+        done = total - len(todo)
+        with unlearner.checkpoints, Progress("unlearn", total, "queries", done, REHEARSED_SECONDS) as progress:
+            unlearner.on_step = lambda query, step: progress.advance(
                 0,
-                f"step {step.step}, forget loss {step.forget_loss:.3f}",
+                {"query": query, **asdict(step)},
                 unlearner.num_at_once
                 * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
             )
@@ -62,7 +65,7 @@ def run(context: Context) -> None:
                 summary = result.summary()
                 results[query] = {"query": query, **summary}
                 stage.save_progress(stage.progress | {str(query): summary})
-                progress.advance(note=describe(result))
+                progress.advance(numbers={"query": query, "step": result.num_steps, "query_loss": result.query_loss})
                 log.info("unlearn: query %d, %s", query, describe(result))
                 if result.reached_bound is False:
                     log.warning(
@@ -72,6 +75,7 @@ def run(context: Context) -> None:
                         result.num_steps,
                         unlearner.facts()["learning_rate"],
                     )
+        shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
         # what an interrupted attempt with another queries.index has done counts as well
         stage.queries = {query: queries.fingerprints[query] for query in results}
         stage.finish(

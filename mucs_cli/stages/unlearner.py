@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from mucs_cli.attribution.trainable import trainable_names
-from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, UnlearningSettings, UnlearningStep
+from mucs_cli.attribution.unlearning import (
+    NonFiniteLossError,
+    OnStep,
+    UnlearningResult,
+    UnlearningSettings,
+    UnlearningStep,
+)
 from mucs_cli.errors import UserError
+from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.work import Work
 
 
@@ -23,8 +30,9 @@ class Unlearner(ABC):
         trainable: names of the parameters that may change.
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
-        on_step: told of every update.
+        on_step: told of every query's every step.
         num_at_once: how many queries are being unlearned side by side now.
+        checkpoints: states within a query.
         settings: of the updates; ready once it is prepared.
     """
 
@@ -35,8 +43,10 @@ class Unlearner(ABC):
         self.work = work
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
-        self.on_step: Callable[[UnlearningStep], None] | None = None
+        self.on_step: OnStep | None = None
         self.num_at_once = 1
+        folder = work.context.folder("unlearn", work.context.unlearn_variant())
+        self.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
         self._first_gap = 0.0
 
     def prepare(self) -> None:
@@ -71,6 +81,7 @@ class Unlearner(ABC):
         """
         for query in queries:
             yield query, self.result(query)
+            self.checkpoints.finish()
 
     @contextmanager
     def divergence_named(self) -> Iterator[None]:
@@ -94,7 +105,7 @@ class Unlearner(ABC):
         if settings.num_steps is not None:
             return (step.step + 1) / settings.num_steps
         gap, last = settings.bound - step.forget_loss, (1 - settings.tolerance) * settings.bound
-        if step.step == 0:
+        if step.step == 0 or not self._first_gap:  # not the first step of a query that goes on after an interruption
             self._first_gap = gap
         if gap <= last:
             return 1.0

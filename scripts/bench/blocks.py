@@ -63,15 +63,10 @@ def main() -> None:
     if not (folder / "queries").exists():
         write_pictures(folder)
     data = ["data=image_folder", f"data.path={folder / 'data'}", "queries=folder", f"queries.path={folder / 'queries'}"]
-    mucs(
-        "run",
-        "experiment=digits",
-        *data,
-        "model.conditional=false",
-        f"training.num_steps={arguments.steps}",
-        run,
-        "stages=[train,sample]",
-    )
+    model = ["model=dit", "model.size=tiny", "model.dropout=0", "model.conditional=false", "diffusion=edm_auto"]
+    training = [f"training.num_steps={arguments.steps}", "training.batch_size=128", "training.learning_rate=4e-3"]
+    training += ["training.warmup_steps=200", "training.decay=cosine", "training.ema_decay=0.999"]
+    mucs("run", *data, *model, *training, run, "device=cpu", "stages=[train,sample]")
     result = {"benchmark": "blocks", "queries": NUM_QUERIES, "planted": NUM_COPIES, "draws": arguments.draws}
     draws = f"noise_bank.num_draws={arguments.draws}"
     known: set[str] = set()

@@ -240,3 +240,13 @@ def test_a_run_that_was_made_fast_stays_fast(tmp_path: Path) -> None:
     assert later.score_variant() == "mucs__mode-adaptive"
     assert create(tmp_path, "score", "run=r", "speed=faithful").score_variant() == "mucs"
     assert not create(tmp_path, "score", "run=r", "method=pixel").races
+
+
+def test_a_key_that_an_earlier_version_recorded_under_another_name_keeps_its_value(made: Path) -> None:
+    path = made / "r" / "run.json"
+    record = read_json(path)
+    del record["config"]["checkpoint"]
+    record["config"]["training"]["checkpoint_every_seconds"] = 7.0
+    path.write_text(json.dumps(record))
+    assert create(made, "sample", "run=r").config.checkpoint.every_seconds == 7.0
+    assert create(made, "train", "run=r", "checkpoint.every_seconds=3").config.checkpoint.every_seconds == 3.0
