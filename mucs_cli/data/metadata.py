@@ -96,9 +96,16 @@ def checked_name(name: str, place: str, folder: Path, files: Collection[str], li
             place, f"got {name!r}, which leads out of {folder}; expected a path in it. Move the picture, or correct it."
         )
     if file not in files:
-        got = "is not a picture that is read" if (folder / file).exists() else "does not exist"
+        got = "is not a picture that is read" if is_there(folder / file) else "does not exist"
         raise UserError(place, f"got {name!r}, which {got}.{did_you_mean(file, files)} Correct the row, or remove it.")
     return file
+
+
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is longer than names can be
+        return False
 
 
 def leaves(folder: Path, file: str) -> bool:
@@ -137,7 +144,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 continue
             place = f"{path}, line {reader.line_num}"
             if not header:
-                header = cells
+                header = [as_text(cell) for cell in cells]
                 if FILE_NAME not in header:
                     raise UserError(
                         place, f"got columns {', '.join(header)}; expected one called {FILE_NAME}. Name it so."
@@ -162,6 +169,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             row = json.loads(text)
+            texts = [(as_text(key), as_text(value)) for key, value in row.items()] if isinstance(row, dict) else []
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {line}", f"is not JSON ({error}). Correct the line.") from error
         if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):
@@ -169,7 +177,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 f"{path}, line {line}",
                 f"got {text[:60]!r}; expected a JSON object with a string {FILE_NAME}. Correct it.",
             )
-        yield line, {as_text(key): as_text(value) for key, value in row.items()}
+        yield line, dict(texts)
 
 
 def as_text(value: Any) -> str:
