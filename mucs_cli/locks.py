@@ -53,14 +53,10 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 def hold(folder: Path, wait: bool) -> None:
     """Takes the lock until ``release`` or ``release_all``, unless this process has it.
 
-    Of the processes that were started together for one command, the first one holds it for all.
-
     Raises:
         UserError: another process has it and is not to be waited for.
     """
-    if lock_path(folder) in _held or os.environ.get("RANK", "0") != "0":
-        return
-    if not acquire(folder, wait):
+    if lock_path(folder) not in _held and not acquire(folder, wait):
         raise UserError(
             "overwrite",
             f"got true, and {holder_text(lock_path(folder))} is at {folder}. Stop it first, or wait until it is done.",
