@@ -235,7 +235,7 @@ def first_difference(
     left, right = flatten(ours), flatten(theirs)
     for key in [*left, *[k for k in right if k not in left]]:
         mine, other = left.get(key), right.get(key)
-        grown = key in may_grow and mine is not None and other is not None and mine > other
+        grown = key in may_grow and isinstance(mine, int) and isinstance(other, int) and mine > other
         if mine != other and not grown:
             return key, mine, other
     return None
@@ -337,6 +337,8 @@ class Stage:
                     self._require_outputs(record)
                     return True
             except UserError as error:
+                if not path.exists():  # another process has just finished, or begun afresh
+                    continue
                 if not (self.overwrite or self.replace):
                     raise
                 if delete:

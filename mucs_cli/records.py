@@ -104,6 +104,11 @@ def is_text_mapping(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
+def are_inputs(value: Any) -> bool:
+    """Name -> fingerprint or another fact; or one fingerprint a query."""
+    return isinstance(value, dict) and all(are_queries(item) for item in value.values() if isinstance(item, dict))
+
+
 def are_queries(value: Any) -> bool:
     """id -> fingerprint."""
     return is_text_mapping(value) and all(query.isascii() and query.isdigit() for query in value)
@@ -133,7 +138,7 @@ def is_name(value: Any) -> bool:
 
 FORMS = {
     "config": lambda value: isinstance(value, dict),
-    "inputs": lambda value: isinstance(value, dict),
+    "inputs": are_inputs,
     "queries": are_queries,
     "outputs": are_outputs,
     "progress": lambda value: isinstance(value, dict),
