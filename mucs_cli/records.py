@@ -95,7 +95,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for part, form in FORMS.items():
         if part in record and not form(record[part]):
             raise DamagedError(
-                str(path), f"got {part} of a form that mucs does not write. Delete it and rerun its stage."
+                str(path), f"got {part} of another form than mucs writes. Delete it and rerun its stage."
             )
     return record
 

@@ -299,12 +299,21 @@ PIPELINE = {
 }
 SHARDS = {"metadata": {}, "weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"}}
 
-TABLE = st.lists(st.lists(TEXT, max_size=4), max_size=5)
-TABLE_BYTES = TABLE.map(lambda rows: csv_text([["file_name"], *rows]).encode("utf-8", "replace"))
+
+@st.composite
+def tables(draw: st.DrawFn) -> bytes:
+    """Metadata as CSV, with any text for names of columns and cells; now and then one of another length."""
+    names = draw(st.lists(TEXT.filter(lambda name: name.strip() not in ("", "file_name")), max_size=3, unique=True))
+    rows = [[file, *(draw(TEXT) for _ in names)] for file in draw(st.permutations(FILES))[: draw(st.integers(0, 3))]]
+    if rows and draw(st.integers(0, 5)) == 0:
+        rows[0].append("")
+    return csv_text([["file_name", *names], *rows]).encode("utf-8", "replace")
+
+
 LINE = changed({"file_name": "a/0.png", "x": {"y": [1]}}).map(lambda row: json.dumps(row).encode())
 DEEP_LINE = DEEP.map(lambda text: f'{{"file_name": "a/0.png", "x": {text}}}'.encode())
 TARGETS = {
-    "metadata.csv": Target(damaged(CSV) | TABLE_BYTES | st.binary(max_size=80), read_table("metadata.csv")),
+    "metadata.csv": Target(damaged(CSV) | tables() | tables().flatmap(damaged), read_table("metadata.csv")),
     "metadata.jsonl": Target(damaged(JSON_LINES) | LINE | DEEP_LINE, read_table("metadata.jsonl")),
     "manifest.json": Target(json_bytes(MANIFEST), read_a_manifest),
     "run.json": Target(json_bytes(RUN), read_a_run),
