@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 
@@ -20,9 +21,10 @@ from rich.progress import Progress as RichProgress
 from mucs_cli import tracking
 from mucs_cli.errors import UserError
 from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
+from mucs_cli.text import printable
 
 log = logging.getLogger("mucs")
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 LINE_SECONDS = 10.0
 REHEARSED_SECONDS = 4.0
 """Of a loop that a rehearsal leaves early: enough for its pace."""
@@ -104,7 +106,25 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        console.print(prefix + self.format(record), markup=False)
+        console.print(printable(prefix + self.format(record)), markup=False)
+
+
+class LogFileHandler(logging.FileHandler):
+    """Appends to a log file, never through a link: one in a folder from others could lead anywhere."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=unlinked)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A disk that is full ends the command where results are written, not where it talks about them."""
+
+
+def unlinked(path: str, flags: int) -> int:
+    """``os.open`` of a path that must be no link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def set_up_logging() -> None:
@@ -118,7 +138,7 @@ def set_up_logging() -> None:
 def stage_log(folder: Path) -> Iterator[None]:
     """Also writes the log to ``log.txt`` in a stage's folder, with times, and its progress to ``progress.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "log.txt")
+    handler = LogFileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:

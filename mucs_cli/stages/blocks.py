@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, require_manifest, sha256_file
+from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress
 
 Arrays = dict[str, np.memmap]
 
@@ -97,13 +97,7 @@ def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.ndarray | 
         name: of the tensor.
         inputs: all that it depends on; JSON values.
     """
-    if not (shared_stage(path, inputs).is_done() and path.exists()):
-        return None
-    if sha256_file(path) == require_manifest(path.parent, "score")["outputs"][path.name]["sha256"]:
-        return map_tensor(path, name)
-    log.warning("%s is damaged; computing it again", path)
-    path.unlink()
-    return None
+    return map_tensor(path, name) if shared_stage(path, inputs).is_done(claim=False) else None
 
 
 def kept_tensor(
@@ -111,20 +105,20 @@ def kept_tensor(
 ) -> np.ndarray:
     """A tensor over all training images, memory-mapped: as it was left, or computed and left for other variants.
 
+    Where another process is computing it, for another variant perhaps, it is waited for.
+
     Args:
         path, name, inputs: as in ``find_kept``.
         work: what computes it.
         facts: what else its manifest is to record.
     """
-    found = find_kept(path, name, inputs)
-    if found is not None:
-        return found
     stage = shared_stage(path, inputs)
-    stage.begin()
-    fill_file(path, fingerprint(inputs), work)
-    stage.finish({"counts": {"training_images": work.tensors[name][1][0]}, **(facts or {})}, [path])
+    if not stage.is_done():
+        stage.begin()
+        fill_file(path, fingerprint(inputs), work)
+        stage.finish({"counts": {"images": work.tensors[name][1][0]}, **(facts or {})}, [path])
     return map_tensor(path, name)
 
 
 def shared_stage(path: Path, inputs: Mapping[str, Any]) -> Stage:
-    return Stage(path.parent, "score", {"config": {}, "inputs": dict(inputs)})
+    return Stage(path.parent, "score", {"config": {}, "inputs": dict(inputs)}, replace=True)

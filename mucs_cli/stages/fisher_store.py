@@ -4,7 +4,7 @@ import time
 
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, sha256_file, write_tensors
+from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.errors import UserError
 from mucs_cli.interruption import held_back, saving
@@ -30,12 +30,10 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
     inputs = {"dataset": data.fingerprint, "model": model.fingerprint, "parameters": fingerprint(names)}
     config = {"seed": seed, "num_passes": num_passes, "flip": flip}
     folder = work.context.folder("unlearn", "_fisher", fingerprint(inputs, config)[:16])
-    stage = Stage(folder, "unlearn", {"config": config, "inputs": inputs})
+    stage = Stage(folder, "unlearn", {"config": config, "inputs": inputs}, replace=True)
     path, state = folder / "fisher.safetensors", folder / "state.safetensors"
-    if stage.is_done() and path.exists():
-        if sha256_file(path) == require_manifest(folder, "unlearn")["outputs"][path.name]["sha256"]:
-            return read_tensors(path)
-        log.warning("%s is damaged; computing it again", path)
+    if stage.is_done():
+        return read_tensors(path)
     stage.begin()
     fisher = DiagonalFisher(model.denoiser, names, seed, flip)
     if state.exists():

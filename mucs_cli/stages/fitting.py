@@ -1,7 +1,5 @@
 """Training a model on images of the run, resumably: what ``mucs train`` and every retraining have in common."""
 
-import csv
-import io
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from mucs_cli.rng import ShuffledOrder, generator
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
 from mucs_cli.schemas import TrainingConfig
 from mucs_cli.stages.checkpoints import read_checkpoint, write_checkpoint
+from mucs_cli.text import csv_text
 
 METRIC_ROWS = 500
 
@@ -179,14 +178,12 @@ def write_metrics(trainer: Trainer, path: Path) -> None:
     """``step,loss,learning_rate``: mean losses over windows of steps, about 500 rows."""
     settings, losses = trainer.settings, trainer.losses
     window = max(1, math.ceil(len(losses) / METRIC_ROWS))
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["step", "loss", "learning_rate"])
+    rows: list[list[Any]] = [["step", "loss", "learning_rate"]]
     for start in range(0, len(losses), window):
         part = losses[start : start + window]
         last = start + len(part)
-        rows.writerow([last, f"{math.fsum(part) / len(part):.6g}", f"{learning_rate_at(last - 1, settings):.6g}"])
-    write_text(path, text.getvalue())
+        rows.append([last, f"{math.fsum(part) / len(part):.6g}", f"{learning_rate_at(last - 1, settings):.6g}"])
+    write_text(path, csv_text(rows))
 
 
 def write_validation(trainer: Trainer, path: Path) -> None:

@@ -26,7 +26,7 @@ from mucs_cli.interruption import saving
 from mucs_cli.rng import ShuffledOrder
 from mucs_cli.runtime import is_out_of_memory, log, smaller_batch
 from mucs_cli.stages.engine import prepare_bank
-from mucs_cli.stages.loading import machine_facts, save_machine_facts
+from mucs_cli.stages.loading import fixed_fact
 from mucs_cli.stages.unlearner import Unlearner, choose_trainable
 from mucs_cli.stages.work import Work
 
@@ -180,15 +180,14 @@ class MirroredUnlearner(Unlearner):
             return int(config.stack_size)
         what = (self.work.inputs.device.type, config.retain_batch_size, config.forget_batch_size, len(queries))
         key = "/".join(map(str, [*what, fingerprint(self.trainable)[:16]]))
-        facts = machine_facts(run)
-        known = facts.get("unlearning_stack_size", {})
-        if key not in known:
+
+        def measure() -> int:
             with self.divergence_named():
                 size = choose_stack_size(self._step_seconds, len(queries))
             log.info("unlearn: %d queries at once (measured; kept in machine.json)", size)
-            known = {**known, key: size}
-            save_machine_facts(run, {**facts, "unlearning_stack_size": known})
-        return int(known[key])
+            return size
+
+        return fixed_fact(run, "unlearning_stack_size", measure, key)
 
     def _step_seconds(self, count: int) -> float:
         """Seconds a query of a step with the first queries at once; infinity where they do not fit into memory."""

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from mucs_cli.artifacts import Stage, fingerprint, first_difference, read_json, sha256_file, write_atomic, write_text
+from mucs_cli.artifacts import Stage, fingerprint, first_difference, is_whole, write_atomic, write_text
 from mucs_cli.config import PipelineConfig, result_config
 from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
 from mucs_cli.reporting.facts import stage_manifests
 from mucs_cli.reporting.page import render_report, template_text
 from mucs_cli.reporting.pictures import top_picture
@@ -74,12 +75,9 @@ def inputs(results: RunResults) -> dict[str, Any]:
 def is_current(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether the folder holds this very report, intact."""
     try:
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_manifest(folder / "manifest.json")
     except UserError:
         return False
     if first_difference(identity, {key: manifest.get(key, {}) for key in identity}) is not None:
         return False
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name) == record["sha256"]
-        for name, record in manifest["outputs"].items()
-    )
+    return all(is_whole(folder, manifest, name) for name in manifest.get("outputs", {}))

@@ -16,10 +16,10 @@ import torch
 
 from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors
 from mucs_cli.config import result_config
-from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser, save_denoiser
+from mucs_cli.diffusion.checkpoint import load_checked, save_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.training import Trainer
-from mucs_cli.errors import UserError
+from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.locks import locked
 from mucs_cli.rehearsal import Loop, StagePlan
 from mucs_cli.runtime import log, stage_log
@@ -104,8 +104,14 @@ class Retrainings:
             UserError: it has not been trained, or its file is damaged.
         """
         folder = self.folder(wanted)
-        manifest = require_manifest(folder, "evaluate")
-        denoiser = load_denoiser(folder / "model", manifest["outputs"][f"model/{WEIGHTS}"]["sha256"])
+        try:
+            denoiser = load_checked(folder, require_manifest(folder, "evaluate"))
+        except DamagedError as error:
+            raise DamagedError(
+                str(folder),
+                f"holds a damaged model ({Path(error.subject).name}). Delete the folder and run mucs evaluate again: "
+                "of the models trained again, only this one is.",
+            ) from error
         denoiser.network.requires_grad_(False).to(self.inputs.device)
         return denoiser
 

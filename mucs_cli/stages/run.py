@@ -8,6 +8,7 @@ from mucs_cli.runtime import log
 from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.show import print_top
+from mucs_cli.text import printable
 
 SHOWN = 5
 """Training images printed for each query."""
@@ -26,7 +27,7 @@ def run(context: Context) -> None:
         ("queries", context.folder("sample", "grid.png")),
     ):
         if path.exists():
-            print(f"{what + ':':<9}{path}")
+            print(printable(f"{what + ':':<9}{path}"))
     log.info("run: %.0f seconds", time.monotonic() - started)
 
 

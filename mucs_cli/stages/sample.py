@@ -1,7 +1,5 @@
 """``mucs sample``: generates the queries, each from a random stream of its own, or reads them from a folder."""
 
-import csv
-import io
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -13,9 +11,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_json, write_atomic, write_tensors, write_text
+from mucs_cli.artifacts import (
+    Stage,
+    check_file,
+    empty,
+    fingerprint,
+    write_atomic,
+    write_tensors,
+    write_text,
+)
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
+from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
@@ -23,6 +31,7 @@ from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import decode, encode
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
 from mucs_cli.stages.loading import ROLES, Inputs, load_inputs
+from mucs_cli.text import csv_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def refuse_other_model(context: Context, inputs: Inputs) -> None:
     path, model = context.folder("sample", "manifest.json"), context.config.model
     if context.config.overwrite or not isinstance(model, PretrainedConfig) or not path.exists():
         return
-    if read_json(path)["inputs"]["model"] != inputs.model.fingerprint:
+    if read_manifest(path)["inputs"]["model"] != inputs.model.fingerprint:
         raise UserError(
             "model.path",
             f"got {model.path}, which holds another model than the one that {path} has queries for. Use another run=, "
@@ -204,7 +213,7 @@ def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:
     known = recorded_files(folder)
     gone = [file for file in known if file not in position]
     if gone and overwrite:
-        shutil.rmtree(folder)
+        empty(folder)
         known = []
     elif gone:
         raise UserError(
@@ -217,18 +226,22 @@ def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:
 
 def recorded_queries(folder: Path) -> dict[int, str]:
     """id -> fingerprint of the queries of a finished stage; empty without one."""
+    return {int(query): print_ for query, print_ in recorded(folder).get("queries", {}).items()}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished stage; empty without one."""
     path = folder / "manifest.json"
-    queries = read_json(path).get("queries", {}) if path.exists() else {}
-    return {int(query): print_ for query, print_ in queries.items()}
+    return read_manifest(path) if path.exists() else {}
 
 
 def recorded_files(folder: Path) -> list[str]:
     """File names of the queries of a finished stage, by id; empty without one, or where they were sampled."""
-    path = folder / "queries.csv"
-    if not path.exists() or not (folder / "manifest.json").exists():
+    path, manifest = folder / "queries.csv", recorded(folder)
+    if path.name not in manifest.get("outputs", {}):
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row["file"] for row in csv.DictReader(file)][: len(recorded_queries(folder))]
+    check_file(folder, manifest, path.name)
+    return [row["file"] for row in read_rows(path, "sample")][: len(recorded_queries(folder))]
 
 
 def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
@@ -258,8 +271,7 @@ def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[st
     """The columns of a queries.csv of ``count`` rows with the new rows below them; empty cells where one has none."""
     if not new:
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))[:count]
+    rows = read_rows(path, "sample")[:count]
     names = dict.fromkeys([*(name for name in rows[0] if name != "query"), *new])
     length = len(next(iter(new.values())))
     return {name: [row.get(name, "") for row in rows] + new.get(name, [""] * length) for name in names}
@@ -267,11 +279,8 @@ def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[st
 
 def write_columns(path: Path, columns: dict[str, list[str]]) -> None:
     """``query`` and the columns, a row a query."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["query", *columns])
-    rows.writerows([query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True)))
-    write_text(path, text.getvalue())
+    rows = [[query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True))]
+    write_text(path, csv_text([["query", *columns], *rows]))
 
 
 def write_grid(image: Tensor, path: Path, columns: int = 10, gap: int = 1) -> None:

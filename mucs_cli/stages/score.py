@@ -1,7 +1,5 @@
 """``mucs score``: scores every training image for every query, by the method that the configuration names."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_text
+from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.reporting.group_files import write_groups
@@ -22,6 +20,7 @@ from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.races import Races
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.work import Work
+from mucs_cli.text import csv_text, inert
 
 SCORES = "scores.safetensors"
 TOP_ROWS = 100
@@ -55,7 +54,8 @@ def run(context: Context) -> None:
         stage.begin()
         with stage_log(folder):
             compute(stage, work, scorer, races)
-    found = read_tensors(folder / SCORES)
+    sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
+    found = read_tensors(folder / SCORES, sha256)
     write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
 
 
@@ -165,12 +165,10 @@ class Scores(BlockWork):
 
 def write_top(path: Path, scores: Mapping[str, Tensor], data: ImageDataset, count: int) -> None:
     """``query,rank,example_id,file,score`` and the metadata columns, of the highest scores; ties by example_id."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["query", "rank", "example_id", "file", "score", *data.metadata])
+    rows: list[list[Any]] = [["query", "rank", "example_id", "file", "score", *data.metadata]]
     for query, row in zip(scores["query_id"].tolist(), scores["score"].numpy(), strict=True):
         for rank, position in enumerate(np.argsort(-row, kind="stable")[:count], start=1):
             example = int(data.training[position])
             metadata = [column[example] for column in data.metadata.values()]
-            rows.writerow([query, rank, example, data.file[example], f"{row[position]:.9g}", *metadata])
-    write_text(path, text.getvalue())
+            rows.append([query, rank, example, data.file[example], f"{row[position]:.9g}", *metadata])
+    write_text(path, csv_text([inert(cell) for cell in row] for row in rows))

@@ -34,6 +34,7 @@ def run(context: Context) -> None:
         inputs={"dataset": work.inputs.data.fingerprint, "model": model.fingerprint, **unlearner.inputs},
         queries=queries.wanted,
         scores_only=False,
+        file_of=lambda query: query_file(folder, query).name,
     )
     if stage.is_done():
         log.info("unlearn: up to date (%s)", folder)
@@ -41,7 +42,8 @@ def run(context: Context) -> None:
     stage.begin()
     with stage_log(folder):
         unlearner.prepare()
-        results = {record["query"]: record for record in stage.previous.get("results", [])}
+        known = stage.known_queries()
+        results = {record["query"]: record for record in stage.previous.get("results", []) if record["query"] in known}
         results |= {
             int(query): {"query": int(query), **summary}
             for query, summary in stage.progress.items()
@@ -112,10 +114,10 @@ def append_log(path: Path, query: int, result: UnlearningResult) -> None:
 def keep_log_of(path: Path, queries: set[int]) -> None:
     """Drops lines of queries that an interrupted attempt did not finish."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["query"] in queries:
                 lines.append(line + "\n")
-        except ValueError:  # cut short by a crash
+        except (ValueError, KeyError, TypeError):  # cut short by a crash, or damaged
             continue
     write_text(path, "".join(lines))

@@ -109,7 +109,9 @@ class Unlearner(ABC):
             self._first_gap = gap
         if gap <= last:
             return 1.0
-        by_gap = math.log(self._first_gap / gap) / math.log(self._first_gap / last) if last > 0 else 0.0
+        # side by side, another query may have begun, and ended, at its bound
+        is_known = 0 < last < self._first_gap
+        by_gap = math.log(self._first_gap / gap) / math.log(self._first_gap / last) if is_known else 0.0
         return max((step.step + 1) / (settings.max_steps + 1), by_gap)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mucs_cli.artifacts import read_json
+from mucs_cli.artifacts import read_json, write_record
 from mucs_cli.composition import compose
 from mucs_cli.config import TRAIN_SECTIONS
 from mucs_cli.errors import UserError
@@ -166,7 +166,9 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         create(tmp_path, "train", "run=file/r", "experiment=digits")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "got no configuration")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read as JSON"), ("[]", "got no JSON object"), ("{}", "got no configuration")]
+)
 def test_a_damaged_run_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.json").write_text(text)
@@ -226,7 +228,7 @@ def test_what_a_run_of_an_earlier_version_lacks_is_as_by_default_and_what_is_typ
     path = made / "r" / "run.json"
     record = read_json(path)
     del record["config"]["speed"], record["config"]["score"]["mode"], record["config"]["score"]["top_k"]
-    path.write_text(json.dumps(record))
+    write_record(path, record)
     assert create(made, "score", "run=r").config.score.mode == "exact"
     fast = create(made, "score", "run=r", "speed=fast", "score.top_k=7")
     assert (fast.config.score.mode, fast.config.score.top_k) == ("adaptive", 7)
