@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mucs_cli import __version__
+from mucs_cli import __version__, processes
 from mucs_cli.errors import UserError
 
 FORMAT_VERSION = 1
@@ -38,9 +38,13 @@ NUMPY_DTYPE = {code: name for name, code in SAFETENSORS_DTYPE.items()}
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write`` with a temporary path beside ``path``, makes the bytes durable, and renames it into place.
 
+    Of several processes only the first one does.
+
     Raises:
         UserError: the folder cannot be created or written, or the disk is full.
     """
+    if not processes.is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +214,8 @@ class Stage:
     them is not done: its manifest becomes ``previous``, and only what is missing has to be added. An input that is a
     mapping is one fingerprint a query; of these, only those of shared queries have to agree.
 
+    Of several processes the first one reads and writes the folder, and the others learn what it found.
+
     Args:
         folder: where its files go.
         command: the command that fills it, for messages.
@@ -250,6 +256,10 @@ class Stage:
         Raises:
             UserError: it holds another result, finished or not, and ``overwrite`` is false.
         """
+        done, self.previous = processes.on_first(lambda: (self._is_done(), self.previous))
+        return done
+
+    def _is_done(self) -> bool:
         for name in ("manifest.json", "state.json"):
             path = self.folder / name
             if not path.exists():
@@ -299,12 +309,17 @@ class Stage:
 
     def begin(self) -> None:
         """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
+        processes.meet()  # none may still be reading what changes now
+        self.progress = processes.on_first(self._begin)
+
+    def _begin(self) -> dict[str, Any]:
         if self.on_begin is not None:
             self.on_begin()
         path = self.folder / "state.json"
         state = read_json(path) if path.exists() else {}
         self._attempted = state.get("queries", {}) | {str(query): mine for query, mine in (self.queries or {}).items()}
         self.save_progress(state.get("progress", {}))
+        return self.progress
 
     def save_progress(self, progress: dict[str, Any]) -> None:
         """Records what is done so far, for a rerun after an interruption and for ``mucs status``."""
@@ -319,12 +334,15 @@ class Stage:
         write_json(self.folder / "state.json", state)
 
     def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
-        """Writes the manifest, last; returns it.
+        """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
 
         Args:
             facts: what else to record (counts, seeds, device, ...).
             outputs: files to record with their SHA-256 and size.
         """
+        return processes.on_first(lambda: self._finish(facts, outputs))
+
+    def _finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
         queries = self.known_queries() | dict(self.queries or {})
         known = per_query(self.previous)
         inputs = self.identity.get("inputs", {})

@@ -5,7 +5,6 @@ user can cause ends in one line and exit code 2; a bug keeps its traceback.
 """
 
 import contextlib
-import importlib
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mucs_cli import __version__, completion, help
+from mucs_cli import __version__, completion, help, processes
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
@@ -60,18 +59,29 @@ def main(arguments: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        return dispatch(arguments)
+        code = dispatch(arguments)
+        processes.stop()
+        return code
     except (UserError, CommandFailed) as error:
         line = error.line if isinstance(error, CommandFailed) else str(error)
-        print(f"mucs: error: {line}", file=sys.stderr)
+        if processes.claim_failure():
+            print(f"mucs: error: {line}", file=sys.stderr)
+        return 2
+    except processes.Abandoned:
         return 2
     except (KeyboardInterrupt, Terminated) as error:
-        again = shlex.join(["mucs", *arguments])
-        print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
+        if processes.has_failed():  # the launcher ends the others with the one that failed
+            return 2
+        if processes.speaks():
+            again = shlex.join(["mucs", *arguments])
+            print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        processes.claim_failure()
+        raise
 
 
 def on_sigterm(number: int, frame: FrameType | None) -> None:
@@ -83,6 +93,9 @@ def dispatch(arguments: list[str]) -> int:
     command, *rest = arguments or ["--help"]
     if command == "help":
         command, rest = (rest[0], ["--help"]) if rest else ("--help", [])
+    shared = command in COMMANDS and issubclass(COMMANDS[command].schema, PipelineConfig)
+    if not shared and not processes.speaks():  # nothing that several processes could do together
+        return 0
     if command in ("-h", "--help"):
         print(help.main_help(), end="")
     elif command == "--version" or "--version" in rest:
@@ -239,6 +252,7 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
     from omegaconf import OmegaConf
 
     from mucs_cli.stages.context import Context
+    from mucs_cli.stages.dispatch import run_stage
 
     job = HydraConfig.get()
     task = OmegaConf.to_container(job.overrides.task, resolve=False)  # ${...} in an override is text here
@@ -252,9 +266,11 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
             runtime.keep_freed_memory()
             if job.mode == RunMode.MULTIRUN:
                 runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
+            join_processes()
         context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
         stage = "plan" if getattr(context.config, "plan", False) else command
-        importlib.import_module(f"mucs_cli.stages.{stage}").run(context)
+        processes.meet()  # what is written from here on must not change what another process reads as its configuration
+        run_stage(stage, context)
     except UserError as error:
         raise CommandFailed(str(error)) from None
     except Exception as error:
@@ -262,6 +278,27 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
         if multiprocessing.parent_process() is not None:  # the way back to the main process drops the traceback
             error.add_note(traceback.format_exc())
         raise
+
+
+def join_processes() -> None:
+    """Joins the processes that a launcher started with this one, and logs how many there are.
+
+    Raises:
+        UserError: they cannot be reached, or this is a worker that has none.
+    """
+    from mucs_cli.runtime import log
+
+    count = processes.launched()
+    if count > 1 and multiprocessing.parent_process() is not None:
+        raise UserError(
+            "hydra/launcher",
+            f"got a launcher with workers of its own, within {count} processes of torchrun. Leave out one of the two.",
+        )
+    processes.start()
+    if count > 1:
+        log.info("%d processes", count)
+    elif any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
+        log.info("1 process: its launcher was asked for one, or makes no more on CPUs (torchrun does)")
 
 
 # --- completion ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mucs_cli import processes
 from mucs_cli.errors import UserError
 
 
@@ -17,10 +18,14 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         folder: made where it is missing.
         wait: for another process that holds the lock; else go on without it.
     Yields:
-        whether the lock is held. True as well where the file system has no locks: a single process needs none.
+        whether the lock is held. True as well where the file system has no locks: a single process needs none. Of
+        several processes at one command the first one holds it for all.
     Raises:
         UserError: the folder cannot be created.
     """
+    if not processes.is_first():
+        yield True
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

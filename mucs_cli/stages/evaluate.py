@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mucs_cli import processes
 from mucs_cli.artifacts import Stage, first_difference, read_json, write_json, write_text
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.rehearsal import StagePlan
@@ -21,14 +22,14 @@ def run(context: Context) -> None:
     """Writes ``evaluate/<evaluation>/`` and prints the table.
 
     That is ``results.json``, the table as CSV, Markdown and LaTeX, and ``charts/``, each chart as SVG and PNG.
-    A worker only trains.
+    A worker only trains. Several processes share out the models that have to be trained; the first one evaluates.
     """
     evaluation = EVALUATIONS[context.config.evaluation.name]
     evaluator = evaluation.evaluator(context)
     folder = context.folder("evaluate", evaluation.name)
     stage = context.stage(folder, "evaluate", sections=evaluation.sections, inputs=evaluator.inputs)
     redo_for_new_inputs(stage)
-    if stage.is_done() and all((folder / name).exists() for name in read_json(folder / "manifest.json")["outputs"]):
+    if processes.on_first(lambda: is_done(stage)):
         log.info("evaluate: up to date (%s)", folder)
     else:
         stage.begin()
@@ -37,9 +38,21 @@ def run(context: Context) -> None:
             if context.config.evaluation.worker is not None:
                 log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
                 return
-        stage.finish(evaluator.facts(), write_results(evaluator, evaluator.evaluate(), folder))
+        facts = {"processes": processes.count()}
+        processes.on_first(lambda: finish(evaluator, stage, facts))
         log.info("evaluate: results in %s", folder)
-    print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout)
+    processes.on_first(lambda: print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout))
+
+
+def is_done(stage: Stage) -> bool:
+    """Whether the results are there, as they would be now, with all their files."""
+    path = stage.folder / "manifest.json"
+    return stage.is_done() and all((stage.folder / name).exists() for name in read_json(path)["outputs"])
+
+
+def finish(evaluator: Evaluator, stage: Stage, facts: dict[str, Any]) -> None:
+    """Evaluates, and writes the results and the manifest, with more facts beside the evaluator's."""
+    stage.finish({**evaluator.facts(), **facts}, write_results(evaluator, evaluator.evaluate(), stage.folder))
 
 
 def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -> list[Path]:

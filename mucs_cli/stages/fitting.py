@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mucs_cli import processes
 from mucs_cli.artifacts import read_tensors, write_tensors, write_text
 from mucs_cli.data.dataset import ImageDataset
 from mucs_cli.diffusion.denoiser import Denoiser
@@ -35,6 +36,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains to the end, from where an interrupted attempt was; returns facts for the manifest.
 
+    Several processes train one model together, and all end with the same weights; the first one reads and writes.
+
     Args:
         trainer: fresh, its network on the device.
         data: the run's.
@@ -48,7 +51,10 @@ def fit(
         UserError: the loss is not finite any more, or a file cannot be written.
     """
     settings = trainer.settings
-    resume(trainer, folder / "checkpoint", title)
+    if processes.is_first():
+        resume(trainer, folder / "checkpoint", title)
+    if processes.count() > 1:
+        trainer.load_state(dict(processes.tensors_of_first(trainer.state())))
     ids_of = batch_ids(ids, settings, in_batches_of)
     conditional = trainer.denoiser.network.is_conditional
 
@@ -70,13 +76,13 @@ def fit(
         def measure(denoiser: Denoiser) -> float:
             assert measure_loss is not None
             with progress.setup():
-                return measure_loss(denoiser)
+                return processes.on_first(lambda: measure_loss(denoiser))
 
         def on_step(loss: float) -> None:
             nonlocal last_saved
             note = f", held-out {trainer.validation[-1]:.3f}" if trainer.validation else ""
             progress.advance(note=f"loss {loss:.3f}{note}")
-            if time.monotonic() - last_saved > config.checkpoint_every_seconds:
+            if processes.is_first() and time.monotonic() - last_saved > config.checkpoint_every_seconds:
                 save_checkpoint(trainer, folder / "checkpoint")
                 last_saved = time.monotonic()
 
@@ -98,6 +104,7 @@ def fit(
         "final_loss": math.fsum(tail) / len(tail),
         "steps_per_second": round((trainer.step - first) / (time.monotonic() - started), 2),
         "best_step": trainer.best_step,
+        "processes": processes.count(),
         **({"held_out_loss": min(trainer.validation)} if trainer.validation else {}),
     }
 

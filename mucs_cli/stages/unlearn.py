@@ -1,10 +1,13 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from mucs_cli.artifacts import write_tensors, write_text
+from mucs_cli import processes
+from mucs_cli.artifacts import Stage, write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
 from mucs_cli.runtime import Progress, log, log_file
 from mucs_cli.stages.context import Context
@@ -16,7 +19,10 @@ REHEARSED_SECONDS = 20.0
 
 
 def run(context: Context) -> None:
-    """Writes ``unlearn/<variant>/``: ``query_<i>.safetensors``, ``log.jsonl`` and the manifest."""
+    """Writes ``unlearn/<variant>/``: ``query_<i>.safetensors``, ``log.jsonl`` and the manifest.
+
+    Several processes share the queries out; each saves the models of its own, the first one all else.
+    """
     sections = context.method.unlearning_sections(context.config)
     if not sections:
         log.info("unlearn: nothing to do for method=%s", context.method.name)
@@ -39,13 +45,7 @@ def run(context: Context) -> None:
     stage.begin()
     with log_file(folder / "log.txt"):
         unlearner.prepare()
-        results = {record["query"]: record for record in stage.previous.get("results", [])}
-        results |= {
-            int(query): {"query": int(query), **summary}
-            for query, summary in stage.progress.items()
-            if query_file(folder, int(query)).exists()
-        }
-        keep_log_of(folder / "log.jsonl", set(results))
+        results = {record["query"]: record for record in processes.on_first(lambda: finished_results(stage))}
         todo = [query for query in queries.selected if query not in results]
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
         done = len(queries.selected) - len(todo)
@@ -56,20 +56,35 @@ def run(context: Context) -> None:
                 unlearner.num_at_once
                 * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
             )
-            for query, result in unlearner.results(todo):
-                write_tensors(query_file(folder, query), result.tensors)
-                append_log(folder / "log.jsonl", query, result)
-                summary = result.summary()
+
+            def unlearned(some: Sequence[int]) -> Iterator[dict[str, Any]]:
+                for query, result in unlearner.results(some):
+                    write_tensors(query_file(folder, query), result.tensors)
+                    summary = result.summary()
+                    yield {
+                        "query": query,
+                        "summary": summary,
+                        "log": log_lines(query, result),
+                        "text": describe(result),
+                    }
+
+            # in the stacks in which one process would unlearn them
+            size = unlearner.stack_size
+            stacks = [todo[start : start + size] for start in range(0, len(todo), size)]
+            for _, told in processes.share_out(stacks, unlearned):
+                query, summary = told["query"], told["summary"]
+                with (folder / "log.jsonl").open("a") as file:
+                    file.write(told["log"])
                 results[query] = {"query": query, **summary}
                 stage.save_progress(stage.progress | {str(query): summary})
-                progress.advance(note=describe(result))
-                log.info("unlearn: query %d, %s", query, describe(result))
-                if result.reached_bound is False:
+                progress.advance(note=told["text"])
+                log.info("unlearn: query %d, %s", query, told["text"])
+                if summary["reached_bound"] is False:
                     log.warning(
                         "query %d did not reach its bound in unlearning.max_steps=%d updates; it is kept as it is. "
                         "Raise unlearning.learning_rate (%g now) or unlearning.max_steps",
                         query,
-                        result.num_steps,
+                        summary["num_steps"],
                         unlearner.facts()["learning_rate"],
                     )
         # what an interrupted attempt with another queries.index has done counts as well
@@ -79,6 +94,7 @@ def run(context: Context) -> None:
                 "device": str(work.inputs.device),
                 **unlearner.facts(),
                 "trainable": unlearner.trainable,
+                "processes": processes.count(),
                 "counts": {"queries": len(results), "trainable_tensors": len(unlearner.trainable)},
                 "results": [results[query] for query in sorted(results)],
             },
@@ -93,16 +109,25 @@ def describe(result: UnlearningResult) -> str:
     return f"{result.num_steps} steps, {end}{last}{probe}"
 
 
-def append_log(path: Path, query: int, result: UnlearningResult) -> None:
-    with path.open("a") as file:
-        for entry in result.log:
-            record = {
-                "query": query,
-                "step": entry.step,
-                "retain_loss": entry.retain_loss,
-                "forget_loss": entry.forget_loss,
-            }
-            file.write(json.dumps(record) + "\n")
+def finished_results(stage: Stage) -> list[dict[str, Any]]:
+    """Records of the queries that the folder has models of; drops what an interrupted attempt logged of others."""
+    results = {record["query"]: record for record in stage.previous.get("results", [])}
+    results |= {
+        int(query): {"query": int(query), **summary}
+        for query, summary in stage.progress.items()
+        if query_file(stage.folder, int(query)).exists()
+    }
+    keep_log_of(stage.folder / "log.jsonl", set(results))
+    return list(results.values())
+
+
+def log_lines(query: int, result: UnlearningResult) -> str:
+    """The losses of every step."""
+    records = [
+        {"query": query, "step": entry.step, "retain_loss": entry.retain_loss, "forget_loss": entry.forget_loss}
+        for entry in result.log
+    ]
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def keep_log_of(path: Path, queries: set[int]) -> None:

@@ -24,7 +24,8 @@ class Unlearner(ABC):
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every update.
-        num_at_once: how many queries are being unlearned side by side now.
+        stack_size: how many queries are unlearned side by side; ready once it is prepared.
+        num_at_once: how many of them have not stopped yet.
         settings: of the updates; ready once it is prepared.
     """
 
@@ -36,6 +37,7 @@ class Unlearner(ABC):
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
         self.on_step: Callable[[UnlearningStep], None] | None = None
+        self.stack_size = 1
         self.num_at_once = 1
         self._first_gap = 0.0
 
