@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import mucs
+from commands import fails, mucs
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.cli import main
 from mucs_cli.diffusion.training import Trainer
 
@@ -186,3 +187,32 @@ def test_an_error_of_one_process_ends_all_of_them_with_one_line(base: Path, tmp_
     (line,) = [line for line in err.splitlines() if line.startswith("mucs: ")]
     assert line.startswith("mucs: error: unlearning.learning_rate: got a non-finite loss")
     assert "exitcode  : 2" in err and process.returncode == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 24, 25])
+def test_the_parts_of_a_batch_are_the_whole_batch_in_order(length: int) -> None:
+    parts = []
+    for rank in range(3):
+        with processes.seeing(processes.View(3, rank)):
+            parts.append(list(range(length))[processes.part_of(length)])
+    assert [row for part in parts for row in part] == list(range(length))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two'; expected how many processes there are."),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: is not set, with WORLD_SIZE=2."),
+    ],
+)
+def test_a_launcher_that_says_nonsense_is_named(
+    variables: dict[str, str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert line in fails(capsys, "train", *TRAINING, f"run={tmp_path / 'run'}")
