@@ -303,8 +303,8 @@ def share_out(items: Sequence[T], do: Callable[[T], Iterable[V]]) -> Iterator[tu
     key = world.next_key("share")
     others = dict(enumerate(items))
 
-    def told_by_others() -> Iterator[tuple[T, V]]:
-        for number in [number for number in others if world.is_told(f"{key}/{number}")]:
+    def told_by_others(begun: int) -> Iterator[tuple[T, V]]:
+        for number in [number for number in others if number < begun and world.is_told(f"{key}/{number}")]:
             item = others.pop(number)
             for result in world.told(f"{key}/{number}"):
                 yield item, result
@@ -314,14 +314,14 @@ def share_out(items: Sequence[T], do: Callable[[T], Iterable[V]]) -> Iterator[tu
             item = others.pop(number)
             for result in each_alone(do(item)):
                 yield item, result
-            yield from told_by_others()
+            yield from told_by_others(number)
         else:
             with alone():
                 results = list(do(items[number]))
             world.tell(f"{key}/{number}", results)
     while is_first() and others:
         world.told(f"{key}/{next(iter(others))}")
-        yield from told_by_others()
+        yield from told_by_others(len(items))
 
 
 def each_alone(results: Iterable[V]) -> Iterator[V]:
