@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mucs_cli import __version__, locks
+from mucs_cli import __version__, locks, processes
 from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.records import FORMAT_VERSION, read_manifest, sealed
 from mucs_cli.records import flatten as flatten
@@ -49,9 +49,13 @@ REDO = "Restore it from a copy, or redo its stage with overwrite=true."
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write`` with a temporary path beside ``path``, makes the bytes durable, and renames it into place.
 
+    Of several processes only the first one does.
+
     Raises:
         UserError: the folder cannot be created or written, or the disk is full.
     """
+    if not processes.is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +267,8 @@ class Stage:
     them is not done: its manifest becomes ``previous``, and only what is missing has to be added. An input that is a
     mapping is one fingerprint a query; of these, only those of shared queries have to agree.
 
+    Of several processes the first one reads and writes the folder, and the others learn what it found.
+
     Args:
         folder: where its files go.
         command: the command that fills it, for messages.
@@ -319,6 +325,10 @@ class Stage:
             UserError: it holds another result, finished or not, or a damaged one, and may not be overwritten; or it is
                 to be overwritten and another process is at it.
         """
+        done, self.previous = processes.on_first(lambda: (self._is_done(claim), self.previous))
+        return done
+
+    def _is_done(self, claim: bool) -> bool:
         if self._holds_result():
             return True
         if not claim:
@@ -410,12 +420,17 @@ class Stage:
 
     def begin(self) -> None:
         """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
+        processes.meet()  # none may still be reading what changes now
+        self.progress = processes.on_first(self._begin)
+
+    def _begin(self) -> dict[str, Any]:
         if self.on_begin is not None:
             self.on_begin()
         path = self.folder / "state.json"
         state = read_manifest(path) if path.exists() else {}
         self._attempted = state.get("queries", {}) | {str(query): mine for query, mine in (self.queries or {}).items()}
         self.save_progress(state.get("progress", {}))
+        return self.progress
 
     def save_progress(self, progress: dict[str, Any]) -> None:
         """Records what is done so far, for a rerun after an interruption and for ``mucs status``."""
@@ -430,12 +445,15 @@ class Stage:
         write_record(self.folder / "state.json", state)
 
     def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
-        """Writes the manifest, last; returns it.
+        """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
 
         Args:
             facts: what else to record (counts, seeds, device, ...).
             outputs: files to record with their SHA-256 and size.
         """
+        return processes.on_first(lambda: self._finish(facts, outputs))
+
+    def _finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
         queries = self.known_queries() | dict(self.queries or {})
         known = per_query(self.previous)
         inputs = self.identity.get("inputs", {})

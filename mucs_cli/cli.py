@@ -6,7 +6,6 @@ user can cause ends in one line and exit code 2; a bug keeps its traceback.
 
 import contextlib
 import errno
-import importlib
 import io
 import itertools
 import multiprocessing
@@ -17,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mucs_cli import __version__, completion, help, interruption, tracking
+from mucs_cli import __version__, completion, help, interruption, processes, tracking
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
@@ -62,18 +61,29 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     try:
         with interruption.handled():
-            return dispatch(arguments)
+            code = dispatch(arguments)
+            processes.stop()
+            return code
     except (UserError, CommandFailed) as error:
         line = error.line if isinstance(error, CommandFailed) else str(error)
-        print(f"mucs: error: {printable(line)}", file=sys.stderr)
+        if processes.claim_failure():
+            print(f"mucs: error: {printable(line)}", file=sys.stderr)
+        return 2
+    except processes.Abandoned:
         return 2
     except interruption.INTERRUPTIONS as error:
-        again = shlex.join(["mucs", *arguments])
-        print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
+        if processes.has_failed():  # the launcher ends the others with the one that failed
+            return 2
+        if processes.speaks():
+            again = shlex.join(["mucs", *arguments])
+            print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        processes.claim_failure()
+        raise
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -81,6 +91,9 @@ def dispatch(arguments: list[str]) -> int:
     command, *rest = arguments or ["--help"]
     if command == "help":
         command, rest = (rest[0], ["--help"]) if rest else ("--help", [])
+    shared = command in COMMANDS and issubclass(COMMANDS[command].schema, PipelineConfig)
+    if not shared and not processes.speaks():  # nothing that several processes could do together
+        return 0
     if command in ("-h", "--help"):
         print(help.main_help(), end="")
     elif command == "--version" or "--version" in rest:
@@ -251,6 +264,7 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
 
     from mucs_cli import locks
     from mucs_cli.stages.context import Context
+    from mucs_cli.stages.dispatch import run_stage
 
     job = HydraConfig.get()
     task = OmegaConf.to_container(job.overrides.task, resolve=False)  # ${...} in an override is text here
@@ -265,10 +279,12 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
             runtime.keep_freed_memory()
             if job.mode == RunMode.MULTIRUN:
                 runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
+            join_processes()
         context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
         tracking.use(getattr(context.config, "tracker", "none"))
         stage = "plan" if getattr(context.config, "plan", False) else command
-        importlib.import_module(f"mucs_cli.stages.{stage}").run(context)
+        processes.meet()  # what is written from here on must not change what another process reads as its configuration
+        run_stage(stage, context)
     except UserError as error:
         raise CommandFailed(str(error)) from None
     except Exception as error:
@@ -302,6 +318,27 @@ def machine_error(error: Exception, doing: str) -> UserError:
         f"got the system's error {error.strerror!r}. Free the disk, or change permissions or the path, and run it "
         "again: what is finished is kept.",
     )
+
+
+def join_processes() -> None:
+    """Joins the processes that a launcher started with this one, and logs how many there are.
+
+    Raises:
+        UserError: they cannot be reached, or this is a worker that has none.
+    """
+    from mucs_cli.runtime import log
+
+    count = processes.launched()
+    if count > 1 and multiprocessing.parent_process() is not None:
+        raise UserError(
+            "hydra/launcher",
+            f"got a launcher with workers of its own, within {count} processes of torchrun. Leave out one of the two.",
+        )
+    processes.start()
+    if count > 1:
+        log.info("%d processes", count)
+    elif any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
+        log.info("1 process: its launcher was asked for one, or makes no more on CPUs (torchrun does)")
 
 
 # --- completion ------------------------------------------------------------------------------------------------------

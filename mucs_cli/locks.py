@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mucs_cli import processes
 from mucs_cli.errors import UserError
 
 log = logging.getLogger("mucs")
@@ -36,11 +37,12 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         folder: need not exist; the one that it is in is made.
         wait: for another process that holds the lock, naming it in the log; else go on without it.
     Yields:
-        whether the lock is held. True as well where the file system has no locks: a single process needs none.
+        whether the lock is held. True as well where the file system has no locks: a single process needs none. Of
+        several processes at one command the first one holds it for all.
     Raises:
         UserError: the lock's file cannot be created.
     """
-    if lock_path(folder) in _held:  # an outer one of this process
+    if not processes.is_first() or lock_path(folder) in _held:  # another process's, or an outer one of this process
         yield True
         return
     is_held = acquire(folder, wait)

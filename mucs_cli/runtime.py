@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from mucs_cli import tracking
+from mucs_cli import processes, tracking
 from mucs_cli.errors import UserError
 from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
 from mucs_cli.text import printable
@@ -34,13 +34,26 @@ REHEARSED_SECONDS = 4.0
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one; asking for CUDA without one is a UserError."""
+    """``auto`` is CUDA where there is one; asking for CUDA without one is a UserError.
+
+    Each of several processes takes a device of its own, the one of its number on its machine.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device", "got cuda; no CUDA device is available. Use device=cpu or device=auto.")
     torch.backends.cudnn.allow_tf32 = (
         False  # torch's default is True, which convolutions would take without being asked
     )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if device.type == "cuda" and processes.launched() > 1:
+        number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= available:
+            raise UserError(
+                "LOCAL_RANK",
+                f"got {number}; this machine has {available} CUDA devices, one a process. Start fewer processes a "
+                "machine, or use device=cpu.",
+            )
+        torch.cuda.set_device(number)
+    return device
 
 
 @contextmanager
@@ -102,9 +115,14 @@ def smaller_batch(error: BaseException, size: int, what: str, multiple: int = 1)
 
 
 class ConsoleHandler(logging.Handler):
-    """Log lines on stderr, through the console that also draws the progress bar: neither garbles the other."""
+    """Log lines on stderr, through the console that also draws the progress bar: neither garbles the other.
+
+    Of several processes only the first one speaks.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not processes.speaks():
+            return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         console.print(printable(prefix + self.format(record)), markup=False)
 
@@ -136,7 +154,13 @@ def set_up_logging() -> None:
 
 @contextmanager
 def stage_log(folder: Path) -> Iterator[None]:
-    """Also writes the log to ``log.txt`` in a stage's folder, with times, and its progress to ``progress.jsonl``."""
+    """Also writes the log to ``log.txt`` in a stage's folder, with times, and its progress to ``progress.jsonl``.
+
+    Of several processes the first one does.
+    """
+    if not processes.is_first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     handler = LogFileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -156,7 +180,13 @@ def is_live() -> bool:
         or "SUBMITIT_EXECUTOR" in os.environ
         or "SLURM_JOB_ID" in os.environ
     )
-    return sys.stderr.isatty() and not worker and "CI" not in os.environ and os.environ.get("TERM") != "dumb"
+    return (
+        sys.stderr.isatty()
+        and processes.speaks()
+        and not worker
+        and "CI" not in os.environ
+        and os.environ.get("TERM") != "dumb"
+    )
 
 
 class Progress:

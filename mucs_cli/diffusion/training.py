@@ -1,6 +1,8 @@
 """Training of the base model: AdamW with warm-up and decay, and a moving average of the weights.
 
 Every step is a function of (seed, step) and the state, so that a resumed run repeats an uninterrupted one to the bit.
+Of several processes each takes a part of every batch, whose order, noise levels and noise are drawn as a whole, as in
+one process; their gradients are summed. Dropout is of each process's own.
 """
 
 import math
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.diffusion.augmentation import augment
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.optimizer_state import load_optimizer_state, optimizer_state
@@ -181,15 +184,16 @@ class Trainer:
         self, image: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor | None, augmentation: Tensor | None
     ) -> float:
         """Leaves the gradient of the mean loss in the parameters; in smaller pieces after running out of memory."""
+        mine = processes.part_of(len(image))
+        rank = (processes.rank(),) if processes.count() > 1 else ()
         while True:
-            torch.manual_seed(
-                derive_seed(self.settings.seed, "dropout", self.step)
-            )  # dropout draws from the global state
+            # dropout draws from the global state
+            torch.manual_seed(derive_seed(self.settings.seed, "dropout", self.step, *rank))
             self.optimizer.zero_grad(set_to_none=True)
             total = 0.0
             try:
-                for start in range(0, len(image), self.micro_batch_size):
-                    part = slice(start, start + self.micro_batch_size)
+                for start in range(mine.start, mine.stop, self.micro_batch_size):
+                    part = slice(start, min(start + self.micro_batch_size, mine.stop))
                     loss = self.denoiser.loss(
                         image[part],
                         noise[part],
@@ -199,9 +203,24 @@ class Trainer:
                     ).sum() / len(image)
                     loss.backward()
                     total += loss.item()
-                return total
+                break
             except RuntimeError as error:
                 self.micro_batch_size = smaller_batch(error, self.micro_batch_size, "training.micro_batch_size")
+
+        return total if processes.count() == 1 else self._summed(total)
+
+    @torch.no_grad()
+    def _summed(self, loss: float) -> float:
+        """Sums the gradients of all processes, and their losses; a parameter that none has a gradient of gets none."""
+        parameters = list(self.parameters.values())
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        others = torch.tensor([*(p.grad is not None for p in parameters), loss]).to(own[0])
+        flat = torch.cat([*(gradient.flatten() for gradient in own), others])
+        processes.sum_up(flat)
+        *gradients, known, total = flat.split([*(p.numel() for p in parameters), len(parameters), 1])
+        for parameter, gradient, is_known in zip(parameters, gradients, known.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter) if is_known else None
+        return total.item()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, as named tensors; whole at any moment between two statements."""

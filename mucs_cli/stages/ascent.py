@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import fingerprint
 from mucs_cli.attribution.fisher import damped_inverse
 from mucs_cli.attribution.unlearning import UnlearningResult, UnlearningSettings, unlearn
@@ -89,7 +90,8 @@ class NaturalAscent(Ascent):
         super().prepare()
         log.info("unlearn: %d trainable tensors: %s", len(self.trainable), ", ".join(self.trainable))
         config = self.work.config.method
-        fisher = load_fisher(self.work, self.trainable, config.seed, config.fisher_passes, config.fisher_flip)
+        settings = (config.seed, config.fisher_passes, config.fisher_flip)
+        fisher = processes.first_then_all(lambda: load_fisher(self.work, self.trainable, *settings))
         try:
             inverse = damped_inverse(fisher, config.damping)
         except ValueError as error:

@@ -1,17 +1,26 @@
-"""Filling a file block by block: passes over the training images that go on where an interrupted attempt stopped."""
+"""Filling a file block by block: passes over the training images that go on where an interrupted attempt stopped.
+
+Several processes share the blocks out: in every round each computes one, the first one writes them. A block's bits do
+not depend on which process computed it.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.runtime import REHEARSED_SECONDS, Progress
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, is_out_of_memory
 
 Arrays = dict[str, np.memmap]
+T = TypeVar("T")
 
 
 class BlockWork(ABC):
@@ -21,10 +30,14 @@ class BlockWork(ABC):
         title, unit: for the progress line.
         tensors: of the file; name -> (dtype, shape), see ``BlockFile``.
         passes: what each pass is for, for example its queries.
+        is_long: whether several processes share the blocks; else the first one computes them all.
+        tells_progress: ``compute`` counts as it goes, and not the whole block once it is stored.
     """
 
     title: str
     unit: str = "evaluations"
+    is_long: bool = True
+    tells_progress: bool = False
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     passes: Sequence[Sequence[int]]
 
@@ -45,8 +58,12 @@ class BlockWork(ABC):
         return None
 
     @abstractmethod
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
-        """Computes a block of a pass and stores it in ``arrays``."""
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
+        """A block of a pass; float32, on the CPU."""
+
+    @abstractmethod
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        """Puts a block of a pass into its place."""
 
     def shrink(self, error: RuntimeError) -> None:
         """Makes the blocks smaller after running out of memory; any other error is raised again."""
@@ -61,12 +78,22 @@ def fill_file(path: Path, identity: str, work: BlockWork) -> None:
         identity: of what is being computed; a partial file of another identity, or of other blocks, is begun afresh.
         work: what to compute.
     """
+    if work.is_long:
+        fill_blocks(path, identity, work)
+    else:
+        processes.on_first(lambda: fill_blocks(path, identity, work))
+
+
+def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
+    """As ``fill_file``, in all the processes that are there."""
     while True:
         blocks = work.blocks()
         size = blocks[0].size if blocks else 0
-        file = BlockFile(path, work.tensors, f"{identity}/{size}")
-        work.begin(file.arrays)
-        todo = [[b for b in blocks if p * len(blocks) + b.index not in file.done] for p in range(len(work.passes))]
+        file = BlockFile(path, work.tensors, f"{identity}/{size}") if processes.is_first() else None
+        if file is not None:
+            work.begin(file.arrays)
+        done = set(processes.on_first(partial(sorted, file.done if file is not None else ())))
+        todo = [[b for b in blocks if p * len(blocks) + b.index not in done] for p in range(len(work.passes))]
         total = sum(work.cost(b, part) for part in work.passes for b in blocks)
         left = sum(work.cost(b, part) for part, some in zip(work.passes, todo, strict=True) for b in some)
         try:
@@ -76,14 +103,48 @@ def fill_file(path: Path, identity: str, work: BlockWork) -> None:
                     if not todo[p]:
                         continue
                     with progress.setup():
-                        loaded = work.load(part)
-                    for block in todo[p]:
-                        work.fill(file.arrays, block, part, loaded, progress)
-                        file.commit(p * len(blocks) + block.index)
-            file.finish(keep_journal=True)
+                        loaded = within_memory(partial(work.load, part))
+                    for start in range(0, len(todo[p]), processes.count()):
+                        chosen = todo[p][start : start + processes.count()]
+                        found = compute_round(work, chosen, part, loaded, progress)
+                        if file is not None:
+                            for block, computed in zip(chosen, found, strict=True):
+                                work.place(file.arrays, block, part, computed)
+                                file.commit(p * len(blocks) + block.index)
+                                if not work.tells_progress or block is not chosen[0]:
+                                    progress.advance(work.cost(block, part))
+            if file is not None:
+                file.finish(keep_journal=True)
             return
         except RuntimeError as error:
             work.shrink(error)
+
+
+def compute_round(
+    work: BlockWork, blocks: Sequence[Block], part: Sequence[int], loaded: Any, progress: Progress
+) -> list[Tensor]:
+    """A block in each process; all of them, in order, in the first process, and nothing in the others."""
+    rank = processes.rank()
+    mine = partial(work.compute, blocks[rank], part, loaded, progress) if rank < len(blocks) else lambda: None
+    return [computed for computed in processes.gather(within_memory(mine)) if computed is not None]
+
+
+def within_memory(compute: Callable[[], T]) -> T:
+    """What ``compute`` gives, unless the memory of any process is too small for what it does there.
+
+    Raises:
+        torch.OutOfMemoryError, or the allocator's RuntimeError: in all processes.
+    """
+    failed: RuntimeError | None = None
+    try:
+        found = compute()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = error
+    if processes.is_true_anywhere(failed is not None):
+        raise failed or torch.OutOfMemoryError("in another process")
+    return found
 
 
 # --- what several variants share -------------------------------------------------------------------------------------

@@ -50,11 +50,13 @@ class Embeddings(BlockWork):
     def cost(self, block: Block, part: Sequence[int]) -> int:
         return len(block)
 
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         pixels = self.work.inputs.pixels
         images = pixels.images(pixels.training[block.start : block.stop])
-        arrays["embedding"][block.start : block.stop] = encode_padded(self.encoder, images).numpy()
-        progress.advance(len(block))
+        return encode_padded(self.encoder, images)
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        arrays["embedding"][block.start : block.stop] = computed.numpy()
 
 
 def training_embeddings(work: Work, encoder: ImageEncoder) -> np.ndarray:

@@ -45,7 +45,7 @@ class Latents(BlockWork):
     def cost(self, block: Block, part: Sequence[int]) -> int:
         return len(block)
 
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         latent = self.codec.encode(self.pixels.images(block.rows()).to(self.device)).cpu()[: len(block)]
         finite = latent.flatten(1).isfinite().all(dim=1)
         if not finite.all():
@@ -55,8 +55,10 @@ class Latents(BlockWork):
                 "got a latent that is not finite from the model's autoencoder. Check the image, or use an autoencoder "
                 "that works in float32.",
             )
-        arrays["latent"][block.start : block.stop] = latent.numpy()
-        progress.advance(len(block))
+        return latent
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        arrays["latent"][block.start : block.stop] = computed.numpy()
 
 
 def encode_dataset(

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.scoring import (
     GRANULE,
@@ -55,7 +56,7 @@ class Engine:
         self.noise_bank = noise_bank
         self.flip = flip
         self.precision: str = context.config.score.precision
-        self.block_size = self._block_size()
+        self.block_size = processes.on_first(self._block_size)
         self.evaluations = 0
         self.seconds = 0.0
 
@@ -222,6 +223,7 @@ class ModelLosses(BlockWork):
     """
 
     passes = ((0,),)
+    tells_progress = True
 
     def __init__(self, engine: Engine, tensors: Callable[[], Mapping[str, Tensor]], model_id: int):
         self.engine, self.tensors_of_model, self.model_id = engine, tensors, model_id
@@ -237,12 +239,15 @@ class ModelLosses(BlockWork):
     def load(self, part: Sequence[int]) -> Mapping[str, Tensor]:
         return self.tensors_of_model()
 
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         loss = self.engine.losses(block, [loaded], progress, [self.model_id])[0]
         finite = loss.isfinite().all(dim=1)
         if not finite.all() and self.model_id == BASE_MODEL:
             self.engine.refuse_image(block.start + int((~finite).nonzero()[0]))
-        arrays["loss"][block.start : block.stop] = loss.numpy()
+        return loss
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        arrays["loss"][block.start : block.stop] = computed.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
         self.engine.shrink(error)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mucs_cli import processes
 from mucs_cli.artifacts import Stage, first_difference, read_file, require_manifest, write_json, write_text
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.records import read_manifest
@@ -23,7 +24,7 @@ def run(context: Context) -> None:
     """Writes ``evaluate/<evaluation>/`` and prints the table.
 
     That is ``results.json``, the table as CSV, Markdown and LaTeX, and ``charts/``, each chart as SVG and PNG.
-    A worker only trains.
+    A worker only trains. Several processes share out the models that have to be trained; the first one evaluates.
     """
     evaluation = EVALUATIONS[context.config.evaluation.name]
     evaluator = evaluation.evaluator(context)
@@ -39,11 +40,28 @@ def run(context: Context) -> None:
                 if context.config.evaluation.worker is not None:
                     log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
                     return
-        if not stage.is_done():
-            stage.begin()
-            with stage_log(folder):
-                stage.finish(evaluator.facts(), write_results(evaluator, evaluator.evaluate(), folder))
+        facts = {"processes": processes.count()}
+        processes.on_first(lambda: finish(evaluator, stage, facts))
         log.info("evaluate: results in %s", folder)
+    processes.on_first(lambda: print_results(evaluator, folder))
+
+
+def finish(evaluator: Evaluator, stage: Stage, facts: dict[str, Any]) -> None:
+    """Evaluates, and writes the results and the manifest, unless another process has meanwhile.
+
+    Args:
+        evaluator: its models are trained.
+        stage: of the results.
+        facts: for the manifest, beside the evaluator's.
+    """
+    if stage.is_done():
+        return
+    stage.begin()
+    with stage_log(stage.folder):
+        stage.finish({**evaluator.facts(), **facts}, write_results(evaluator, evaluator.evaluate(), stage.folder))
+
+
+def print_results(evaluator: Evaluator, folder: Path) -> None:
     results = json.loads(read_file(folder, require_manifest(folder, "evaluate"), RESULTS))
     print_table(evaluator.table(results), sys.stdout)
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,11 +105,12 @@ class KernelScorer(FeatureScorer):
         self.of_kernel = of_kernel
         refuse_too_large(store)
 
-    def prepare(self) -> None:
-        super().prepare()
+    @cached_property
+    def kernel(self) -> DampedKernel:
+        """Of the training images' features; made where scores are, in one of several processes."""
         damping = self.store.config.damping  # type: ignore[attr-defined]  # of a KernelConfig
         try:
-            self.kernel = DampedKernel(self.training, damping, device=self.store.device)
+            return DampedKernel(self.training, damping, device=self.store.device)
         except ValueError as error:
             raise UserError(
                 "method.damping", f"got {damping}; {error}. Set more; the features are kept for the next attempt."

@@ -7,6 +7,7 @@ errors that DAS asks for.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,10 @@ class FeatureStore:
 
     def shrink(self, error: RuntimeError) -> None:
         """A smaller block after running out of memory; any other error is raised again."""
-        size = smaller_batch(error, self.block_size, "method.micro_batch_size")
-        save_fact(self.work.context.run, "feature_block_size", size, self._key())
+        self.block_size = smaller_batch(error, self.block_size, "method.micro_batch_size")
+        save_fact(self.work.context.run, "feature_block_size", self.block_size, self._key())
 
-    @property
+    @cached_property
     def block_size(self) -> int:
         """Training images a block: the run's earlier choice, else by the memory budget, and then stored in the run."""
 
@@ -247,7 +248,7 @@ class TrainingFeatures(BlockWork):
     def cost(self, block: Block, part: Sequence[int]) -> int:
         return len(block) * len(self.store.sigma)
 
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         image, condition = self.store.load(block.rows())
         try:
             computed = self.store.features_of(image, condition)
@@ -258,8 +259,10 @@ class TrainingFeatures(BlockWork):
                 f"examples from {first} ({data.file[first]})",
                 f"got {error} (rows from 0). Check that image, or train the model longer.",
             ) from error
-        arrays["feature"][block.start : block.stop] = computed[: len(block)].cpu().numpy()
-        progress.advance(self.cost(block, part))
+        return computed[: len(block)].cpu()
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        arrays["feature"][block.start : block.stop] = computed.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
         self.store.shrink(error)
@@ -282,12 +285,14 @@ class NoiseErrors(BlockWork):
     def cost(self, block: Block, part: Sequence[int]) -> int:
         return len(block) * len(self.store.sigma)
 
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         image, condition = self.store.load(block.rows())
         sigma, noise = self.store.sigma.to(self.store.device), self.store.noise.to(self.store.device)
         errors = noise_errors(self.store.denoiser, image, condition, sigma, noise)
-        arrays["error"][block.start : block.stop] = errors[: len(block)].numpy()
-        progress.advance(self.cost(block, part))
+        return errors[: len(block)]
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        arrays["error"][block.start : block.stop] = computed.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
         self.size = smaller_batch(error, self.size, "score.batch_size")

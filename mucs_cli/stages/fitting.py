@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mucs_cli import processes
 from mucs_cli.artifacts import write_text
 from mucs_cli.data.dataset import ImageDataset
 from mucs_cli.diffusion.denoiser import Denoiser
@@ -36,6 +37,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains to the end, from where an interrupted attempt was; returns facts for the manifest.
 
+    Several processes train one model together, and all end with the same weights; the first one reads and writes.
+
     Args:
         trainer: fresh, its network on the device.
         data: the run's.
@@ -49,7 +52,10 @@ def fit(
         UserError: the loss is not finite any more, or a file cannot be written.
     """
     settings = trainer.settings
-    resume(trainer, folder / "checkpoint", title)
+    if processes.is_first():
+        resume(trainer, folder / "checkpoint", title)
+    if processes.count() > 1:
+        trainer.load_state(dict(processes.tensors_of_first(trainer.state())))
     ids_of = batch_ids(ids, settings, in_batches_of)
     conditional = trainer.denoiser.network.is_conditional
 
@@ -63,7 +69,8 @@ def fit(
         return data.images(chosen).to(device), None if condition is None else condition.to(device)
 
     def save() -> None:
-        write_checkpoint(folder / "checkpoint", trainer.step, trainer.state())
+        if processes.is_first():
+            write_checkpoint(folder / "checkpoint", trainer.step, trainer.state())
 
     last_saved = time.monotonic()
     started, first = last_saved, trainer.step
@@ -75,7 +82,7 @@ def fit(
         def measure(denoiser: Denoiser) -> float:
             assert measure_loss is not None
             with progress.setup():
-                return measure_loss(denoiser)
+                return processes.on_first(lambda: measure_loss(denoiser))
 
         def on_step(loss: float) -> None:
             nonlocal last_saved
@@ -103,6 +110,7 @@ def fit(
         "final_loss": math.fsum(tail) / len(tail),
         "steps_per_second": round((trainer.step - first) / (time.monotonic() - started), 2),
         "best_step": trainer.best_step,
+        "processes": processes.count(),
         **({"held_out_loss": min(trainer.validation)} if trainer.validation else {}),
     }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import check_file, fingerprint, read_tensors, require_manifest, write_record
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.decode import SUFFIXES
@@ -126,6 +127,11 @@ def load_inputs(context: Context) -> Inputs:
     Raises:
         UserError: the model has not been trained or cannot be loaded, a file is damaged, or model and data do not fit.
     """
+    return processes.first_then_all(lambda: read_inputs(context))
+
+
+def read_inputs(context: Context) -> Inputs:
+    """What ``load_inputs`` gives, in one process."""
     device = prepare_device(context)
     if isinstance(context.config.model, PretrainedConfig):
         return load_pretrained_inputs(context, Path(context.config.model.path), device)
@@ -141,7 +147,10 @@ def load_data(context: Context, config: DataConfig | None = None) -> ImageDatase
     """
     first = "sample" if isinstance(context.config.model, PretrainedConfig) else "train"
     overwrite = context.command == first and (context.config.overwrite or not context.folder(first).exists())
-    data = load_dataset(config or context.config.data, context.run, overwrite)
+    config = config or context.config.data
+    if not processes.is_first():  # what the first process has checked
+        overwrite, config = False, replace(config, verify=False) if isinstance(config, PictureConfig) else config
+    data = load_dataset(config, context.run, overwrite)
     check_later_stages(context, data)
     return data
 

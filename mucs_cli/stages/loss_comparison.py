@@ -32,6 +32,7 @@ class LossComparison(Scorer):
     """
 
     unit = "evaluations"
+    is_long = True
 
     def __init__(self, work: Work, noise_bank: NoiseBankConfig, reducer: str, epsilon: float = 0.0, flip: bool = False):
         super().__init__(work)

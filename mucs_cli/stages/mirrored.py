@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.null_loss import BATCH_SIZE, MAX_BATCHES, monte_carlo_null_loss
 from mucs_cli.attribution.unlearning import (
@@ -46,7 +47,6 @@ class MirroredUnlearner(Unlearner):
                 "unlearning.null_loss",
                 "got closed_form; this network's output does not start at zero, so that it has none. Use monte_carlo.",
             )
-        self.stack_size = 1  # until it is prepared
         self.noise_levels: Tensor | None = None
         if config.schedule == "grid":
             bank, _ = prepare_bank(work.context, work.config.noise_bank, work.inputs)
@@ -56,7 +56,7 @@ class MirroredUnlearner(Unlearner):
     def prepare(self) -> None:
         super().prepare()
         config = self.work.config.unlearning
-        bound, self.null_loss_source = self.null_loss()
+        bound, self.null_loss_source = processes.on_first(self.null_loss)
         shown = "none" if bound is None else f"{bound:.4f}"
         log.info(
             "unlearn: bound (null loss) %s, %s; %d trainable tensors", shown, self.null_loss_source, len(self.trainable)
@@ -77,7 +77,7 @@ class MirroredUnlearner(Unlearner):
             horizontal_flip=config.horizontal_flip,
             augmentation=config.augmentation,
         )
-        self.stack_size = self._stack_size()
+        self.stack_size = processes.on_first(self._stack_size)
 
     def null_loss(self) -> tuple[float | None, str]:
         """The bound, and its source: a number, the closed form of a zero head, Monte Carlo over the initial weights."""

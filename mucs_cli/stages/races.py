@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import BlockFile, Stage, fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
@@ -59,10 +60,13 @@ class Races:
     def prepare(self) -> None:
         self.comparison.prepare_engines()
         self.engine = self.comparison.engines[0]
-        self.base = GrowingLosses(self.work, self.engine, self.comparison.inputs["noise_bank"])
+        bank_print = self.comparison.inputs["noise_bank"]
+        self.base = processes.first_then_all(lambda: GrowingLosses(self.work, self.engine, bank_print))
 
     def write(self, path: Path, queries: Sequence[int], finished: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Writes the score file: ``score``, ``draws``, ``query_id`` and ``example_id``.
+
+        Several processes share the queries out.
 
         Args:
             path: the file.
@@ -71,6 +75,12 @@ class Races:
         Returns:
             What the manifest is to record.
         """
+        self.race(queries)
+        return processes.on_first(lambda: self._write(path, queries, finished))
+
+    def _write(
+        self, path: Path, queries: Sequence[int], finished: Mapping[int, Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
         found = self.rows(queries) | dict(finished)
         ids = sorted(found)
         rows = {name: torch.stack([found[query][name] for query in ids]) for name in ("score", "draws")}
@@ -80,20 +90,23 @@ class Races:
         facts = self.stage.previous.get("races", {}) | self.stage.progress
         return {"top_k": self.k, "races": {str(query): facts[str(query)] for query in ids if str(query) in facts}}
 
+    def race(self, queries: Sequence[int]) -> None:
+        """Races those that no interrupted attempt has."""
+        left = processes.on_first(lambda: [query for query in queries if not self._is_raced(query)])
+        with Progress("score", len(queries), "queries", len(queries) - len(left), REHEARSED_SECONDS) as progress:
+            for query, facts in processes.share_out(left, lambda query: [self._run(query, progress)]):
+                self.stage.save_progress(self.stage.progress | {str(query): facts})
+                progress.advance(numbers={"query": query, "evaluations": facts["evaluations"]})
+                log.info("score: query %d, %s", query, describe(facts))
+
+    def _is_raced(self, query: int) -> bool:
+        return self._path(query).exists() and str(query) in self.stage.progress
+
     def rows(self, queries: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """query -> ``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on."""
-        done = [query for query in queries if self._path(query).exists() and str(query) in self.stage.progress]
-        with Progress("score", len(queries), "queries", len(done), REHEARSED_SECONDS) as progress:
-            for query in queries:
-                if query not in done:
-                    facts = self._run(query, progress)
-                    self.stage.save_progress(self.stage.progress | {str(query): facts})
-                    progress.advance(numbers={"query": query, "evaluations": facts["evaluations"]})
-                    log.info("score: query %d, %s", query, describe(facts))
-                    done.append(query)
         # a rehearsal leaves the loop early, and needs no scores
         nothing = {"score": torch.zeros(self.work.num_images), "draws": torch.zeros(self.work.num_images).int()}
-        return {query: read_tensors(self._path(query)) if query in done else nothing for query in queries}
+        return {query: read_tensors(self._path(query)) if self._is_raced(query) else nothing for query in queries}
 
     def typical_evaluations(self) -> float:
         """Of a race: the mean of those that are finished, or a guess, which the digits and photographs come up to."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mucs_cli import processes
 from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors
 from mucs_cli.config import result_config
 from mucs_cli.diffusion.checkpoint import load_checked, save_denoiser
@@ -118,7 +119,9 @@ class Retrainings:
     # --- training -----------------------------------------------------------------------------------------------------
 
     def train(self, wanted: Sequence[Retraining]) -> None:
-        """Trains those that are missing; where another process is at one, it is waited for in the end.
+        """Trains those that are missing; where another command is at one, it is waited for in the end.
+
+        Several processes of one command share them out; each model is trained by one.
 
         Raises:
             UserError: an image to remove is no training image, or none is left; or training fails.
@@ -126,21 +129,27 @@ class Retrainings:
         tasks = list(dict.fromkeys(wanted))
         for task in tasks:
             self._check(task)
-        left = [task for task in tasks if not self.is_done(task)]
+        left = processes.on_first(lambda: self._missing(tasks))
         log.info("retrain: %d models, %d of them to be trained", len(tasks), len(left))
+
+        def train_unless_locked(number: int) -> list[int]:
+            with locked(self.folder(tasks[number]), wait=False) as is_mine:
+                if is_mine:
+                    self._train(tasks[number], f"retrain {number + 1}/{len(tasks)}")
+            return [number]
+
         while left:
-            others = []
-            for task in left:
-                with locked(self.folder(task), wait=False) as is_mine:
-                    if is_mine:
-                        self._train(task, f"retrain {len(tasks) - len(left) + left.index(task) + 1}/{len(tasks)}")
-                    else:
-                        others.append(task)
-            left = others
+            for number, _ in processes.share_out(left, train_unless_locked):
+                log.debug("retrain: %d is done, or another command is at it", number)
+            left = processes.on_first(lambda: self._missing(tasks))
             if left:
-                log.info("retrain: waiting for other processes, which are at %d models", len(left))
-                with locked(self.folder(left[0])):
+                log.info("retrain: waiting for other commands, which are at %d models", len(left))
+                with locked(self.folder(tasks[left[0]])):
                     pass
+
+    def _missing(self, tasks: Sequence[Retraining]) -> list[int]:
+        """Positions of those that have not been trained."""
+        return [number for number, task in enumerate(tasks) if not self.is_done(task)]
 
     def _check(self, task: Retraining) -> None:
         unknown = set(task.removed) - self.training_ids

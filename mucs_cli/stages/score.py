@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
@@ -54,9 +55,10 @@ def run(context: Context) -> None:
         stage.begin()
         with stage_log(folder):
             compute(stage, work, scorer, races)
-    sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
-    found = read_tensors(folder / SCORES, sha256)
-    write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
+    if processes.is_first():
+        sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
+        found = read_tensors(folder / SCORES, sha256)
+        write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
 
 
 def compute(stage: Stage, work: Work, scorer: Scorer, races: Races | None) -> None:
@@ -73,18 +75,27 @@ def compute(stage: Stage, work: Work, scorer: Scorer, races: Races | None) -> No
         scores = Scores(work, scorer, new, {query: tensors["score"] for query, tensors in finished.items()})
         fill_file(stage.folder / SCORES, fingerprint(stage.identity, query_ids), scores)
         facts, top = {}, TOP_ROWS
-    write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels, min(TOP_ROWS, top))
+    facts |= {"processes": processes.count(), "counts": {"queries": len(query_ids), "training_images": work.num_images}}
+    processes.on_first(lambda: finish(stage, work, scorer, query_ids, facts, min(TOP_ROWS, top)))
+    log.info("score: %d queries x %d training images in %s", len(new), work.num_images, stage.folder)
+
+
+def finish(
+    stage: Stage, work: Work, scorer: Scorer, query_ids: Sequence[int], facts: Mapping[str, Any], num_rows: int
+) -> None:
+    """Writes what stands beside the scores, and the manifest.
+
+    Args:
+        query_ids: of all scores.
+        facts: for the manifest, beside the scorer's.
+        num_rows: of top.csv, a query.
+    """
+    write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels, num_rows)
     others = scorer.write_files(stage.folder, query_ids)
     stage.finish(
-        {
-            "device": str(work.inputs.device),
-            **scorer.facts(),
-            **facts,
-            "counts": {"queries": len(query_ids), "training_images": work.num_images},
-        },
+        {"device": str(work.inputs.device), **scorer.facts(), **facts},
         [stage.folder / SCORES, stage.folder / "top.csv", *others],
     )
-    log.info("score: %d queries x %d training images in %s", len(new), work.num_images, stage.folder)
 
 
 def warn_of_unused_keys(context: Context) -> None:
@@ -126,10 +137,11 @@ class Scores(BlockWork):
     """
 
     title = "score"
+    tells_progress = True
 
     def __init__(self, work: Work, scorer: Scorer, new: Sequence[int], finished: Mapping[int, Tensor]):
         self.work, self.scorer, self.finished = work, scorer, finished
-        self.unit = scorer.unit
+        self.unit, self.is_long = scorer.unit, scorer.is_long
         self.query_ids = sorted({*new, *finished})
         self.row = {query: row for row, query in enumerate(self.query_ids)}
         self.passes = scorer.passes(new)
@@ -154,10 +166,12 @@ class Scores(BlockWork):
     def load(self, part: Sequence[int]) -> Any:
         return self.scorer.load(part)
 
-    def fill(self, arrays: Arrays, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> None:
-        scores = self.scorer.scores(part, loaded, block, progress)
-        for query, score in zip(part, scores, strict=True):
-            arrays["score"][self.row[query], block.start : block.stop] = score.float().cpu().numpy()
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
+        return self.scorer.scores(part, loaded, block, progress).float().cpu()
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        for query, score in zip(part, computed, strict=True):
+            arrays["score"][self.row[query], block.start : block.stop] = score.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
         self.scorer.shrink(error)

@@ -23,9 +23,12 @@ class Scorer(ABC):
         inputs: fingerprints of what the scores depend on beyond model, data, queries and configuration; a mapping is
             one fingerprint a query.
         unit: what ``cost`` counts, for the progress line.
+        is_long: whether several processes share the blocks: ``load`` and ``scores`` run in all of them then, else in
+            the first one only. ``prepare`` runs in all.
     """
 
     unit = "scores"
+    is_long = False
 
     def __init__(self, work: Work):
         self.work = work

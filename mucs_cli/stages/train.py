@@ -1,6 +1,9 @@
 """``mucs train``: trains the base model and saves its averaged weights."""
 
-from mucs_cli.artifacts import write_tensors
+from typing import Any
+
+from mucs_cli import processes
+from mucs_cli.artifacts import Stage, write_tensors
 from mucs_cli.config import TRAIN_SECTIONS
 from mucs_cli.diffusion.checkpoint import save_denoiser
 from mucs_cli.diffusion.training import Trainer
@@ -18,8 +21,7 @@ def run(context: Context) -> None:
     config = context.config
     if isinstance(config.model, PretrainedConfig):
         raise UserError("model", "got pretrained, which is not trained here. Start with mucs sample, or mucs run.")
-    device = prepare_device(context)
-    data = load_data(context)
+    device, data = processes.first_then_all(lambda: (prepare_device(context), load_data(context)))
     folder = context.folder("train")
     stage = context.stage(folder, "train", sections=TRAIN_SECTIONS, inputs={"dataset": data.fingerprint})
     if stage.is_done():
@@ -32,16 +34,18 @@ def run(context: Context) -> None:
         denoiser.network.to(device)
         trainer = Trainer(denoiser, training_settings(config.training))
         facts = fit(trainer, data, data.training, folder, config.checkpoint.every_seconds, device)
-        model_files = save_denoiser(folder / "model", denoiser, trainer.result())
-        stage.finish(
-            {
-                **facts,
-                "device": str(device),
-                "seeds": {"training": config.training.seed, "data": config.data.seed},
-                "preconditioning": denoiser.facts(),
-                "parameters": sum(p.numel() for p in trainer.parameters.values()),
-                "counts": {"training_images": len(data.training), "steps": trainer.step},
-            },
-            [*model_files, folder / "initial.safetensors", *files_of(folder)],
-        )
+        facts |= {
+            "device": str(device),
+            "seeds": {"training": config.training.seed, "data": config.data.seed},
+            "preconditioning": denoiser.facts(),
+            "parameters": sum(p.numel() for p in trainer.parameters.values()),
+            "counts": {"training_images": len(data.training), "steps": trainer.step},
+        }
+        processes.on_first(lambda: save(stage, trainer, facts))
         log.info("train: %d steps, loss %.4f, in %s", trainer.step, facts["final_loss"], folder / "model")
+
+
+def save(stage: Stage, trainer: Trainer, facts: dict[str, Any]) -> None:
+    """Writes the model and the manifest."""
+    files = save_denoiser(stage.folder / "model", trainer.denoiser, trainer.result())
+    stage.finish(facts, [*files, stage.folder / "initial.safetensors", *files_of(stage.folder)])

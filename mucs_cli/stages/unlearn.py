@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from mucs_cli.artifacts import write_tensors, write_text
+from mucs_cli import processes
+from mucs_cli.artifacts import Stage, write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
 from mucs_cli.runtime import Progress, log, stage_log
 from mucs_cli.stages.context import Context
@@ -18,7 +21,10 @@ REHEARSED_SECONDS = 20.0
 
 
 def run(context: Context) -> None:
-    """Writes ``unlearn/<variant>/``: ``query_<i>.safetensors``, ``log.jsonl`` and the manifest."""
+    """Writes ``unlearn/<variant>/``: ``query_<i>.safetensors``, ``log.jsonl`` and the manifest.
+
+    Several processes share the queries out; each saves the models of its own, the first one all else.
+    """
     sections = context.method.unlearning_sections(context.config)
     if not sections:
         log.info("unlearn: nothing to do for method=%s", context.method.name)
@@ -42,14 +48,7 @@ def run(context: Context) -> None:
     stage.begin()
     with stage_log(folder):
         unlearner.prepare()
-        known = stage.known_queries()
-        results = {record["query"]: record for record in stage.previous.get("results", []) if record["query"] in known}
-        results |= {
-            int(query): {"query": int(query), **summary}
-            for query, summary in stage.progress.items()
-            if query_file(folder, int(query)).exists()
-        }
-        keep_log_of(folder / "log.jsonl", set(results))
+        results = {record["query"]: record for record in processes.on_first(lambda: finished_results(stage))}
         todo = [query for query in queries.selected if query not in results]
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
         total = len(queries.selected)
@@ -61,23 +60,41 @@ def run(context: Context) -> None:
                 unlearner.num_at_once
                 * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
             )
-            for query, result in unlearner.results(todo):
-                write_tensors(query_file(folder, query), result.tensors)
-                append_log(folder / "log.jsonl", query, result)
-                summary = result.summary()
+
+            def unlearned(some: Sequence[int]) -> Iterator[dict[str, Any]]:
+                for query, result in unlearner.results(some):
+                    write_tensors(query_file(folder, query), result.tensors)
+                    summary = result.summary()
+                    yield {
+                        "query": query,
+                        "summary": summary,
+                        "log": log_lines(query, result),
+                        "text": describe(result),
+                    }
+
+            # in the stacks in which one process would unlearn them
+            size = unlearner.stack_size
+            stacks = [todo[start : start + size] for start in range(0, len(todo), size)]
+            for _, told in processes.share_out(stacks, unlearned):
+                query, summary = told["query"], told["summary"]
+                with (folder / "log.jsonl").open("a") as file:
+                    file.write(told["log"])
                 results[query] = {"query": query, **summary}
                 stage.save_progress(stage.progress | {str(query): summary})
-                progress.advance(numbers={"query": query, "step": result.num_steps, "query_loss": result.query_loss})
-                log.info("unlearn: query %d, %s", query, describe(result))
-                if result.reached_bound is False:
+                progress.advance(
+                    numbers={"query": query, "step": summary["num_steps"], "query_loss": summary["query_loss"]}
+                )
+                log.info("unlearn: query %d, %s", query, told["text"])
+                if summary["reached_bound"] is False:
                     log.warning(
                         "query %d did not reach its bound in unlearning.max_steps=%d updates; it is kept as it is. "
                         "Raise unlearning.learning_rate (%g now) or unlearning.max_steps",
                         query,
-                        result.num_steps,
+                        summary["num_steps"],
                         unlearner.facts()["learning_rate"],
                     )
-        shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
+        if processes.is_first():  # which has been told that all are done
+            shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
         # what an interrupted attempt with another queries.index has done counts as well
         stage.queries = {query: queries.fingerprints[query] for query in results}
         stage.finish(
@@ -85,6 +102,7 @@ def run(context: Context) -> None:
                 "device": str(work.inputs.device),
                 **unlearner.facts(),
                 "trainable": unlearner.trainable,
+                "processes": processes.count(),
                 "counts": {"queries": len(results), "trainable_tensors": len(unlearner.trainable)},
                 "results": [results[query] for query in sorted(results)],
             },
@@ -99,16 +117,26 @@ def describe(result: UnlearningResult) -> str:
     return f"{result.num_steps} steps, {end}{last}{probe}"
 
 
-def append_log(path: Path, query: int, result: UnlearningResult) -> None:
-    with path.open("a") as file:
-        for entry in result.log:
-            record = {
-                "query": query,
-                "step": entry.step,
-                "retain_loss": entry.retain_loss,
-                "forget_loss": entry.forget_loss,
-            }
-            file.write(json.dumps(record) + "\n")
+def finished_results(stage: Stage) -> list[dict[str, Any]]:
+    """Records of the queries that the folder has models of; drops what an interrupted attempt logged of others."""
+    known = stage.known_queries()
+    results = {record["query"]: record for record in stage.previous.get("results", []) if record["query"] in known}
+    results |= {
+        int(query): {"query": int(query), **summary}
+        for query, summary in stage.progress.items()
+        if query_file(stage.folder, int(query)).exists()
+    }
+    keep_log_of(stage.folder / "log.jsonl", set(results))
+    return list(results.values())
+
+
+def log_lines(query: int, result: UnlearningResult) -> str:
+    """The losses of every step."""
+    records = [
+        {"query": query, "step": entry.step, "retain_loss": entry.retain_loss, "forget_loss": entry.forget_loss}
+        for entry in result.log
+    ]
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def keep_log_of(path: Path, queries: set[int]) -> None:

@@ -31,7 +31,8 @@ class Unlearner(ABC):
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every query's every step.
-        num_at_once: how many queries are being unlearned side by side now.
+        stack_size: how many queries are unlearned side by side; ready once it is prepared.
+        num_at_once: how many of them have not stopped yet.
         checkpoints: states within a query.
         settings: of the updates; ready once it is prepared.
     """
@@ -44,6 +45,7 @@ class Unlearner(ABC):
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
         self.on_step: OnStep | None = None
+        self.stack_size = 1
         self.num_at_once = 1
         folder = work.context.folder("unlearn", work.context.unlearn_variant())
         self.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)

@@ -1,0 +1,218 @@
+"""Several processes at one command, started by torchrun on the CPU, against one process."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import fails, mucs
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mucs_cli import processes
+from mucs_cli.cli import main
+from mucs_cli.diffusion.training import Trainer
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_QUERIES = 4
+TRAINING = [
+    "device=cpu",
+    "data=digits",
+    "data.limit=72",
+    "model=dit",
+    "model.dropout=0",
+    "model.width=16",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.conditional=true",
+    "diffusion=edm_auto",
+    "training.batch_size=25",
+    "training.num_steps=20",
+    "training.warmup_steps=4",
+    "training.learning_rate=4e-3",
+    "training.checkpoint_every_seconds=1e-6",
+]
+UNLEARN = ["unlearning.num_steps=12", "unlearning.retain_batch_size=24", "unlearning.forget_batch_size=24"]
+BLOCKS = ["score.batch_size=16", "score.memory_budget=0.01"]
+SWEEP = [*UNLEARN, *BLOCKS, "noise_bank.num_draws=6", "score.top_k=3", "method=mucs,das", "score.mode=exact,adaptive"]
+"""Exact scores, races, and gradient features, of which the last mode changes nothing."""
+LDS = [
+    *UNLEARN,
+    *BLOCKS,
+    "noise_bank.num_draws=6",
+    "score.keep_losses=true",
+    "evaluation=lds",
+    "evaluation.num_subsets=4",
+    "evaluation.num_draws=8",
+    "evaluation.num_resamples=20",
+]
+TIMEOUT = 300
+
+
+def start(count: int, *arguments: str) -> "subprocess.Popen[str]":
+    """The command in that many processes of torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [*launcher, "-m", "mucs_cli", *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_by(count: int, *arguments: str) -> None:
+    """The same, to its end; it says how many processes there are."""
+    process = start(count, *arguments)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    assert f"{count} processes" in err.splitlines()
+
+
+def worker(process: "subprocess.Popen[str]", rank: int) -> int:
+    """The process id of one of torchrun's processes."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no process {rank}")
+
+
+def tensor_files(run: Path) -> dict[str, bytes]:
+    """What all its safetensors files hold, by their names in the run's folder; they hold no times."""
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return record
+
+
+def copy(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained by one process, and its queries; no test changes it."""
+    run = tmp_path_factory.mktemp("runs") / "base"
+    mucs("run", *TRAINING, f"queries.num={NUM_QUERIES}", "sampler.num_steps=4", "stages=[train,sample]", f"run={run}")
+    return run
+
+
+def test_scores_races_and_features_of_two_processes_are_those_of_one_to_the_bit(base: Path, tmp_path: Path) -> None:
+    one, two = copy(base, tmp_path / "one"), copy(base, tmp_path / "two")
+    command = ["run", "-m", "stages=[unlearn,score]", *SWEEP]
+    mucs(*command, f"run={one}")
+    run_by(2, *command, f"run={two}")
+    assert tensor_files(two) == tensor_files(one)
+    scored = {path.parent.name: manifest_of(path.parent) for path in (two / "score").glob("*/scores.safetensors")}
+    assert len(scored) == 3 and all(manifest["processes"] == 2 for manifest in scored.values())
+    assert any("races" in manifest for manifest in scored.values())
+    (unlearned,) = (two / "unlearn").glob("*/manifest.json")
+    assert manifest_of(unlearned.parent)["processes"] == 2
+    assert (unlearned.parent / "log.jsonl").read_text().count("\n") == NUM_QUERIES * 12
+    (features,) = (two / "score" / "_features").glob("*/manifest.json")
+    assert load_file(features.parent / "features.safetensors")["feature"].abs().sum() > 0
+
+
+def test_three_processes_of_which_one_was_killed_go_on_to_the_bits_of_one(base: Path, tmp_path: Path) -> None:
+    one, three = copy(base, tmp_path / "one"), copy(base, tmp_path / "three")
+    command = ["run", "stages=[unlearn,score,evaluate]", *LDS]
+    mucs(*command, f"run={one}")
+    killed = start(3, *command, f"run={three}")
+    deadline = time.monotonic() + TIMEOUT
+    while not list(three.glob("unlearn/*/query_*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(worker(killed, 1), signal.SIGKILL)
+    killed.communicate(timeout=TIMEOUT)
+    assert killed.returncode != 0
+    assert not (three / "evaluate" / "lds" / "manifest.json").exists()
+
+    run_by(3, *command, f"run={three}")
+    assert tensor_files(three) == tensor_files(one)
+    results = [(run / "evaluate" / "lds" / "results.json").read_text() for run in (one, three)]
+    assert results[0] == results[1]
+    assert len(list((three / "retrain").glob("*/manifest.json"))) == 4
+    for folder in (three / "evaluate" / "lds", *(three / "score").glob("mucs*")):
+        assert manifest_of(folder)["processes"] == 3
+
+
+def losses_of(run: Path) -> list[float]:
+    with (run / "train" / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_two_processes_train_as_one_does_from_the_start_and_from_its_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, resumed = tmp_path / "fresh", tmp_path / "resumed"
+    update = Trainer.update
+
+    def interrupted(trainer: Trainer, image: Tensor, condition: Tensor | None) -> float:
+        if trainer.step == 10:
+            raise KeyboardInterrupt
+        return update(trainer, image, condition)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", interrupted)
+        assert main(["train", *TRAINING, f"run={resumed}"]) == 130
+    run_by(2, "train", "-m", *TRAINING, f"run={fresh},{resumed}")
+    for run, step in ((fresh, 0), (resumed, 10)):
+        assert manifest_of(run / "train")["processes"] == 2
+        assert losses_of(run) == pytest.approx(losses_of(base), abs=1e-4)
+        assert losses_of(run)[:step] == losses_of(base)[:step]
+        assert losses_of(run)[step:] != losses_of(base)[step:]  # sums in another order: it is no copy
+    assert "going on from step 10" in (resumed / "train" / "log.txt").read_text()
+
+
+def test_dropout_of_two_processes_has_the_same_bits_on_every_rerun(base: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / "first", tmp_path / "second"]
+    command = ["train", "-m", *TRAINING, "model.dropout=0.2", f"run={','.join(map(str, runs))}"]
+    run_by(2, *command)
+    assert tensor_files(runs[0] / "train" / "model") == tensor_files(runs[1] / "train" / "model")
+    assert losses_of(runs[0])[:1] != losses_of(base)[:1]  # dropout did something
+
+
+def test_an_error_of_one_process_ends_all_of_them_with_one_line(base: Path, tmp_path: Path) -> None:
+    run = copy(base, tmp_path / "run")
+    process = start(2, "unlearn", f"run={run}", *UNLEARN, "unlearning.learning_rate=1e30")
+    _, err = process.communicate(timeout=TIMEOUT)
+    (line,) = [line for line in err.splitlines() if line.startswith("mucs: ")]
+    assert line.startswith("mucs: error: unlearning.learning_rate: got a non-finite loss")
+    assert "exitcode  : 2" in err and process.returncode == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 24, 25])
+def test_the_parts_of_a_batch_are_the_whole_batch_in_order(length: int) -> None:
+    parts = []
+    for rank in range(3):
+        with processes.seeing(processes.View(3, rank)):
+            parts.append(list(range(length))[processes.part_of(length)])
+    assert [row for part in parts for row in part] == list(range(length))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two'; expected how many processes there are."),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: is not set, with WORLD_SIZE=2."),
+    ],
+)
+def test_a_launcher_that_says_nonsense_is_named(
+    variables: dict[str, str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert line in fails(capsys, "train", *TRAINING, f"run={tmp_path / 'run'}")
