@@ -249,6 +249,6 @@ def test_a_key_that_an_earlier_version_recorded_under_another_name_keeps_its_val
     record = read_json(path)
     del record["config"]["checkpoint"]
     record["config"]["training"]["checkpoint_every_seconds"] = 7.0
-    path.write_text(json.dumps(record))
+    write_record(path, record)
     assert create(made, "sample", "run=r").config.checkpoint.every_seconds == 7.0
     assert create(made, "train", "run=r", "checkpoint.every_seconds=3").config.checkpoint.every_seconds == 3.0
