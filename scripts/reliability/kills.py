@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ class Reference:
 
     Attributes:
         run: its folder.
-        start: seconds that a command with nothing to do takes.
+        start: seconds that a command takes before its first stage.
         seconds: command -> how long it took.
         stages: command -> the manifests that it wrote, in order, relative to the run.
     """
@@ -144,12 +145,14 @@ def manifests(run: Path) -> set[Path]:
 def make_reference(folder: Path, names: list[str]) -> Reference:
     run, log = folder / "reference", folder / "log"
     seconds, stages, seen = {}, {}, set[Path]()
+    before = 0.0
     for name in names:
         seconds[name] = finish(name, run, log)
+        before = seconds[name] - float(re.findall(r"run: (\d+) seconds", log.read_text())[-1])
         new = manifests(run) - seen
         stages[name] = sorted(new, key=lambda path: (run / path).stat().st_mtime_ns)
         seen |= new
-    return Reference(run, finish(names[-1], run, log), seconds, stages)
+    return Reference(run, before, seconds, stages)
 
 
 def kill_until_done(
@@ -238,6 +241,8 @@ def run_kills(num_kills: int, seed: int, names: list[str]) -> dict[str, Any]:
         "seed": seed,
         "rounds": rounds,
         "attempts": kills.attempts,
+        "reference_seconds": {name: round(seconds, 1) for name, seconds in reference.seconds.items()},
+        "start_seconds": round(reference.start, 1),
         "kills": kills.per_signal.total(),
         "kills_per_signal": dict(kills.per_signal),
         "kills_per_stage": dict(kills.per_stage),

@@ -30,13 +30,16 @@ TRAIN = [
     "training.validate_every=10",
 ]
 SAMPLE = ["sampler.num_steps=2", f"queries.num={NUM_QUERIES}"]
-UNLEARN = [
-    "unlearning.max_steps=8",
-    "unlearning.tolerance=1.0",
-    "unlearning.retain_batch_size=8",
-    "unlearning.forget_batch_size=8",
+SMALL = ["unlearning.max_steps=8", "unlearning.retain_batch_size=8", "unlearning.forget_batch_size=8"]
+UNLEARN = [*SMALL, "unlearning.null_loss=50"]  # which no query reaches
+STACK = [
+    *SMALL,
+    "unlearning.stack_size=2",
+    "unlearning.learning_rate=0.02",
+    "unlearning.forget_weight=3",
+    "unlearning.null_loss=3",
+    "unlearning.tolerance=0.85",
 ]
-STACK = [*UNLEARN, "unlearning.stack_size=2", "unlearning.null_loss=2", "unlearning.forget_weight=3"]
 SCORE = [*UNLEARN, "noise_bank.num_draws=4", "score.batch_size=16"]
 OFTEN = "checkpoint.every_seconds=1e-9"
 
