@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,8 +21,8 @@ from mucs_cli.errors import UserError
 log = logging.getLogger("mucs")
 command = "mucs"
 """What this process is doing, as typed; for others that wait for it."""
-_held: dict[Path, int] = {}
-"""Lock file -> its descriptor, of this process."""
+_held: dict[tuple[Path, int], int] = {}
+"""(lock file, thread of this process that has it) -> the open file's descriptor."""
 
 
 def lock_path(folder: Path) -> Path:
@@ -42,7 +43,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     Raises:
         UserError: the lock's file cannot be created.
     """
-    if not processes.is_first() or lock_path(folder) in _held:  # another process's, or an outer one of this process
+    if not processes.is_first() or is_held_here(folder):  # by the first process for all, or by an outer one
         yield True
         return
     is_held = acquire(folder, wait)
@@ -53,12 +54,12 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def hold(folder: Path, wait: bool) -> None:
-    """Takes the lock until ``release`` or ``release_all``, unless this process has it.
+    """Takes the lock until ``release`` or ``release_all``, unless this thread has it.
 
     Raises:
         UserError: another process has it and is not to be waited for.
     """
-    if lock_path(folder) not in _held and not acquire(folder, wait):
+    if not is_held_here(folder) and not acquire(folder, wait):
         raise UserError(
             "overwrite",
             f"got true, and {holder_text(lock_path(folder))} is at {folder}. Stop it first, or wait until it is done.",
@@ -66,18 +67,26 @@ def hold(folder: Path, wait: bool) -> None:
 
 
 def release(folder: Path) -> None:
-    """Gives a lock back; nothing where it is not held."""
-    path = lock_path(folder)
-    descriptor = _held.pop(path, None)
+    """Gives a lock of this thread back; nothing where it has none."""
+    give_back((lock_path(folder), threading.get_ident()))
+
+
+def give_back(key: tuple[Path, int]) -> None:
+    descriptor = _held.pop(key, None)
     if descriptor is not None:
-        path.unlink(missing_ok=True)  # while it is still locked: whoever waits finds that it is gone, and makes another
+        key[0].unlink(missing_ok=True)  # while it is locked: whoever waits finds it gone, and makes another
         os.close(descriptor)
 
 
 def release_all() -> None:
     """Gives all locks of this process back: its command has ended, perhaps by an error."""
-    for path in list(_held):
-        release(path.with_name(path.name.removeprefix(".").removesuffix(".lock")))
+    for key in list(_held):
+        give_back(key)
+
+
+def is_held_here(folder: Path) -> bool:
+    """Whether this thread has the lock."""
+    return (lock_path(folder), threading.get_ident()) in _held
 
 
 def acquire(folder: Path, wait: bool) -> bool:
@@ -108,7 +117,7 @@ def acquire(folder: Path, wait: bool) -> bool:
             pass  # a file system without locks
         if is_current(descriptor, path):
             write_holder(descriptor)
-            _held[path] = descriptor
+            _held[path, threading.get_ident()] = descriptor
             return True
         os.close(descriptor)  # the holder gave it back and took the file away
 

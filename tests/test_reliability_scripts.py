@@ -24,8 +24,8 @@ fuzz, faults = load("fuzz"), load("faults")
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_every_parser_reads_or_refuses_whatever_it_is_given(name: str) -> None:
     outcome = fuzz.run_target(name, 40)
-    assert outcome["refused"] > 0
     assert outcome.total() >= 20
+    assert outcome["refused"] > 0 or name == "status"  # which shows what it can
 
 
 def test_the_fuzzer_finds_a_parser_that_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> "faults.Runs":  # type: ig
         ("removed", "evaluation"),
         ("removed", "query's features"),
         ("disk full", "scoring"),
-        ("upstream changed", "other unlearning, then score"),
+        ("upstream changed", "other queries, then score"),
     ],
 )
 def test_a_fault_ends_in_one_line_or_the_sound_result(what: str, kind: str, runs: ModuleType) -> None:
@@ -66,9 +66,10 @@ def test_a_fault_ends_in_one_line_or_the_sound_result(what: str, kind: str, runs
 
 def test_what_is_made_of_a_fault_is_judged(runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that does not check its file is found out."""
-    from mucs_cli.reporting import results
+    from safetensors.torch import load_file
 
-    monkeypatch.setattr(results, "check_file", lambda *_: None)
-    trial = faults.faults()["bit flipped", "index"]
-    outcomes = {trial(runs, faults.random.Random(number))[0] for number in range(8)}
-    assert outcomes - set(faults.GOOD)
+    from mucs_cli.stages import unlearned
+
+    monkeypatch.setattr(unlearned, "read_tensors", lambda path, sha256: load_file(path))
+    trial = faults.faults()["bit flipped", "unlearned query"]
+    assert "OTHER RESULT" in {trial(runs, faults.random.Random(number))[0] for number in range(3)}

@@ -123,7 +123,7 @@ class Context:
             values[section] = (values[section] if same_kind else {}) | decided
         for key in typed_keys(overrides, composed, finished):
             set_value(values, key, get_value(composed, key))
-        config = validate(OmegaConf.create(values), schema)
+        config = validate(values, schema)
         typed = tuple(override.key_or_group for override in parse(overrides))
         if config.model.name == "pretrained":
             refuse_typed(typed, ("diffusion", "training"), "model=pretrained, which brings its own")
@@ -136,7 +136,7 @@ class Context:
         if own["method"]["name"] != values["method"]["name"]:  # a method's variants are named against its own defaults
             own["method"] = as_values(compose(command, [f"method={config.method.name}"]), cwd)["method"]
             own["method"] = filled(own["method"], values["method"])
-        base = validate(OmegaConf.create(own), schema)
+        base = validate(own, schema)
         owned = [section for stage in stages for section in COMMANDS[stage].owns]
         if "train" in stages:
             owned.append("seed")

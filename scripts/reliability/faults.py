@@ -44,7 +44,7 @@ UNLEARN = ["unlearning.num_steps=2", "unlearning.retain_batch_size=8", "unlearni
 SCORE = [*UNLEARN, "noise_bank.num_draws=4", "score.batch_size=16"]
 RACE = [*SCORE, "score.mode=adaptive", "score.top_k=10"]
 DTRAK = ["method=dtrak", "method.num_draws=2", "method.num_projections=64"]
-LDS = ["evaluation=lds", "evaluation.num_subsets=3", "evaluation.num_draws=2", "evaluation.num_resamples=100"]
+LDS = ["evaluation=lds", "evaluation.variants=[pixel]", "evaluation.num_subsets=3", "evaluation.num_resamples=100"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ REDTRAK = Job("digits", ("score", *DTRAK, "method.damping=0.5"), ("score/*dampin
 REUNLEARN = Job(
     "digits", ("unlearn", *UNLEARN, "unlearning.null_loss=monte_carlo"), ("unlearn/*monte_carlo*/query_*.safetensors",)
 )
-SHOW = Job("digits", ("show", "k=3", "variant=pixel", "format=json"))
+SHOW = Job("digits", ("show", "k=40", "variant=pixel", "format=json"))
 REPORT = Job("digits", ("report", "report.k=3"), ("report/index.html",))
-EVALUATE = Job("digits", ("evaluate", *LDS), ("evaluate/lds/table.csv",))
+EVALUATE = Job("digits", ("evaluate", *LDS, "evaluation.num_draws=2"), ("evaluate/lds/table.csv",))
 REEVALUATE = Job("digits", ("evaluate", *LDS, "evaluation.num_draws=3", "overwrite=true"), ("evaluate/lds/table.csv",))
 VECTORS = Job("vectors", ("score", *SCORE), ("score/*/scores.safetensors",))
 
@@ -164,7 +164,7 @@ def make_digits(run: Path) -> None:
     make(run, ["score", *RACE])
     make(run, ["score", *DTRAK])
     make(run, ["score", "method=pixel"])
-    make(run, ["evaluate", *LDS, "evaluation.variants=[pixel]"])
+    make(run, ["evaluate", *LDS, "evaluation.num_draws=2"])
 
 
 def make_vectors(run: Path) -> None:
@@ -315,7 +315,6 @@ UPSTREAM = {
     "other queries, then score": (["sample", "queries.seed=5", "overwrite=true"], ["score", *SCORE]),
     "other queries, then show": (["sample", "queries.seed=5", "overwrite=true"], ["show", "variant=pixel"]),
     "other queries, then evaluate": (["sample", "queries.seed=5", "overwrite=true"], ["evaluate", *LDS]),
-    "other unlearning, then score": (["unlearn", *UNLEARN, "seed=5", "overwrite=true"], ["score", *SCORE]),
 }
 
 

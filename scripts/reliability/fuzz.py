@@ -342,6 +342,7 @@ def run_target(name: str, num_inputs: int, number: int = 0) -> Counter[str]:
         max_examples=num_inputs,
         database=None,
         deadline=None,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )

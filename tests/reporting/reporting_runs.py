@@ -132,7 +132,7 @@ class RunBuilder:
             write_text(folder / "queries.csv", text.getvalue())
         stage.finish(
             {"device": "cpu", "seeds": {"queries": 0}, "queries": self.query_prints(count)},
-            [folder / "samples.safetensors"],
+            [folder / "samples.safetensors", *([folder / "queries.csv"] if files else [])],
         )
 
     def query_prints(self, count: int) -> dict[str, str]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from reporting_runs import RunBuilder
 
-from mucs_cli.artifacts import write_tensors
+from mucs_cli.artifacts import sha256_file, write_record, write_tensors
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
 from mucs_cli.reporting.comparison import differing_settings, overlap, spearman
 from mucs_cli.reporting.results import RunResults, variant_order
 
@@ -221,12 +222,18 @@ def test_queries_of_a_folder_have_their_file_and_metadata(make_run: Callable[...
     results = RunResults(run.run)
     assert results.query_file(1) == "sub/b.png"
     assert results.query_metadata(1) == {"prompt": "prompt of sub/b.png"}
-    (run.run / "sample" / "queries.csv").write_text("query,file\n0\n")
-    with pytest.raises(UserError, match=r"queries\.csv: cannot be read .* Rerun mucs sample"):
-        RunResults(run.run).query_file(1)
-    (run.run / "sample" / "queries.csv").write_text("name,file\n0,a.png\n")
-    with pytest.raises(UserError, match=r"queries\.csv: expected columns query \(a number\) and file"):
-        RunResults(run.run).query_file(1)
+    path, manifest = run.run / "sample" / "queries.csv", read_manifest(run.run / "sample" / "manifest.json")
+    for text, message in (
+        ("query,file\n0\n", r"queries\.csv: cannot be read .* Rerun mucs sample"),
+        ("name,file\n0,a.png\n", r"queries\.csv: expected columns query \(a number\) and file"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"queries\.csv: is not the file its manifest names"):
+            RunResults(run.run).query_file(1)
+        manifest["outputs"][path.name]["sha256"] = sha256_file(path)
+        write_record(path.parent / "manifest.json", manifest)
+        with pytest.raises(UserError, match=message):
+            RunResults(run.run).query_file(1)
 
 
 def test_a_caption_may_be_of_any_length(make_run: Callable[..., RunBuilder]) -> None:
