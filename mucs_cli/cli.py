@@ -334,10 +334,9 @@ def join_processes() -> None:
             "hydra/launcher",
             f"got a launcher with workers of its own, within {count} processes of torchrun. Leave out one of the two.",
         )
-    processes.start()
-    if count > 1:
+    if processes.start():
         log.info("%d processes", count)
-    elif any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
+    elif count == 1 and any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
         log.info("1 process: its launcher was asked for one, or makes no more on CPUs (torchrun does)")
 
 

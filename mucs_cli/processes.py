@@ -119,15 +119,17 @@ def speaks() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def start() -> None:
+def start() -> bool:
     """Joins the other processes; does nothing where there are none, or where they were joined before.
 
+    Returns:
+        whether they were joined now.
     Raises:
         UserError: they cannot be reached.
     """
     global _world, _view
     if launched() == 1 or _world is not None:
-        return
+        return False
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch does not say that it exports it
@@ -143,6 +145,7 @@ def start() -> None:
             "WORLD_SIZE", f"got {launched()}, but the processes cannot reach each other ({error}). Start all of them."
         ) from error
     _world, _view = World(PrefixStore("mucs", store)), View(count, rank)
+    return True
 
 
 def stop() -> None:
@@ -312,7 +315,7 @@ def share_out(items: Sequence[T], do: Callable[[T], Iterable[V]]) -> Iterator[tu
     while (number := world.count_up(key)) < len(items):
         if is_first():
             item = others.pop(number)
-            for result in each_alone(do(item)):
+            for result in each_alone(do, item):
                 yield item, result
             yield from told_by_others(number)
         else:
@@ -324,9 +327,10 @@ def share_out(items: Sequence[T], do: Callable[[T], Iterable[V]]) -> Iterator[tu
         yield from told_by_others(len(items))
 
 
-def each_alone(results: Iterable[V]) -> Iterator[V]:
-    """The results, each of which is made by a process working alone; what happens in between is not."""
-    iterator, end = iter(results), object()
+def each_alone(do: Callable[[T], Iterable[V]], item: T) -> Iterator[V]:
+    """An item's results, each of which is made by a process working alone; what happens in between is not."""
+    with alone():
+        iterator, end = iter(do(item)), object()
     while True:
         with alone():
             result: Any = next(iterator, end)

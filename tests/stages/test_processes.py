@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import fails, mucs
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,7 +42,7 @@ TRAINING = [
 ]
 UNLEARN = ["unlearning.num_steps=12", "unlearning.retain_batch_size=24", "unlearning.forget_batch_size=24"]
 BLOCKS = ["score.batch_size=16", "score.memory_budget=0.01"]
-SWEEP = [*UNLEARN, *BLOCKS, "noise_bank.num_draws=6", "score.top_k=3", "method=mucs,das", "score.mode=exact,adaptive"]
+SWEEP = [*UNLEARN, *BLOCKS, "noise_bank.num_draws=20", "score.top_k=3", "method=mucs,das", "score.mode=exact,adaptive"]
 """Exact scores, races, and gradient features, of which the last mode changes nothing."""
 LDS = [
     *UNLEARN,
@@ -51,7 +52,7 @@ LDS = [
     "evaluation=lds",
     "evaluation.num_subsets=4",
     "evaluation.num_draws=8",
-    "evaluation.num_resamples=20",
+    "evaluation.num_resamples=100",
 ]
 TIMEOUT = 300
 
@@ -84,9 +85,13 @@ def worker(process: "subprocess.Popen[str]", rank: int) -> int:
     raise AssertionError(f"torchrun has no process {rank}")
 
 
-def tensor_files(run: Path) -> dict[str, bytes]:
-    """What all its safetensors files hold, by their names in the run's folder; they hold no times."""
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
+def tensors_in(run: Path) -> dict[tuple[str, str], tuple[torch.dtype, torch.Size, bytes]]:
+    """The bits of all tensors below a folder, by file and name; their files' metadata are in no order."""
+    return {
+        (path.relative_to(run).as_posix(), name): (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+        for path in sorted(run.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def test_scores_races_and_features_of_two_processes_are_those_of_one_to_the_bit(
     command = ["run", "-m", "stages=[unlearn,score]", *SWEEP]
     mucs(*command, f"run={one}")
     run_by(2, *command, f"run={two}")
-    assert tensor_files(two) == tensor_files(one)
+    assert tensors_in(two) == tensors_in(one)
     scored = {path.parent.name: manifest_of(path.parent) for path in (two / "score").glob("*/scores.safetensors")}
     assert len(scored) == 3 and all(manifest["processes"] == 2 for manifest in scored.values())
     assert any("races" in manifest for manifest in scored.values())
@@ -136,7 +141,7 @@ def test_three_processes_of_which_one_was_killed_go_on_to_the_bits_of_one(base: 
     assert not (three / "evaluate" / "lds" / "manifest.json").exists()
 
     run_by(3, *command, f"run={three}")
-    assert tensor_files(three) == tensor_files(one)
+    assert tensors_in(three) == tensors_in(one)
     results = [(run / "evaluate" / "lds" / "results.json").read_text() for run in (one, three)]
     assert results[0] == results[1]
     assert len(list((three / "retrain").glob("*/manifest.json"))) == 4
@@ -176,7 +181,7 @@ def test_dropout_of_two_processes_has_the_same_bits_on_every_rerun(base: Path, t
     runs = [tmp_path / "first", tmp_path / "second"]
     command = ["train", "-m", *TRAINING, "model.dropout=0.2", f"run={','.join(map(str, runs))}"]
     run_by(2, *command)
-    assert tensor_files(runs[0] / "train" / "model") == tensor_files(runs[1] / "train" / "model")
+    assert tensors_in(runs[0] / "train" / "model") == tensors_in(runs[1] / "train" / "model")
     assert losses_of(runs[0])[:1] != losses_of(base)[:1]  # dropout did something
 
 
