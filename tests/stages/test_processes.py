@@ -38,7 +38,7 @@ TRAINING = [
     "training.num_steps=20",
     "training.warmup_steps=4",
     "training.learning_rate=4e-3",
-    "training.checkpoint_every_seconds=1e-6",
+    "checkpoint.every_seconds=1e-6",
 ]
 UNLEARN = ["unlearning.num_steps=12", "unlearning.retain_batch_size=24", "unlearning.forget_batch_size=24"]
 BLOCKS = ["score.batch_size=16", "score.memory_budget=0.01"]
