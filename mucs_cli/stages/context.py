@@ -332,7 +332,7 @@ def from_record(record: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[
     """
     own = {key: composed[key] for key in PER_COMMAND if key in composed}
     values = copy.deepcopy({**composed, **defaults_of(PipelineConfig), **record["config"], **own})
-    for section in set(values) & set(record["config"]):
+    for section in set(sections_of(PipelineConfig)) & set(record["config"]):
         if isinstance(values[section], dict):
             values[section] = defaults_of(schema_of(section, values[section], PipelineConfig)) | values[section]
     values["queries"]["index"] = composed["queries"]["index"]

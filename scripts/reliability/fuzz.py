@@ -78,6 +78,16 @@ def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
     return bytes(content)
 
 
+def flipped(sound: bytes) -> st.SearchStrategy[bytes]:
+    """The bytes with one bit turned over."""
+
+    def flip(place: tuple[int, int]) -> bytes:
+        byte, bit = place
+        return sound[:byte] + bytes([sound[byte] ^ 1 << bit]) + sound[byte + 1 :]
+
+    return st.tuples(st.integers(0, len(sound) - 1), st.integers(0, 7)).map(flip)
+
+
 @st.composite
 def changed(draw: st.DrawFn, sound: Any) -> Any:
     """A JSON value with one or two of its parts replaced by another value, or left out."""
@@ -110,6 +120,7 @@ def json_bytes(sound: Any) -> st.SearchStrategy[bytes]:
         other.map(lambda value: json.dumps(value).encode())
         | other.map(lambda value: json.dumps(seal(value)).encode())
         | damaged(whole)
+        | flipped(whole)
         | VALUE.map(lambda value: json.dumps(value).encode())
         | DEEP.map(str.encode)
         | st.binary(max_size=60)
@@ -127,6 +138,7 @@ def header_bytes(sound: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]
         changed(sound).map(file)
         | st.tuples(changed(sound), st.integers(0, 2**63)).map(lambda pair: file(*pair))
         | damaged(file(sound))
+        | flipped(file(sound))
         | DEEP.map(lambda text: len(text).to_bytes(8, "little") + text.encode())
         | st.binary(max_size=60)
     )
@@ -159,6 +171,7 @@ def read_table(name: str) -> Callable[[Path, bytes], None]:
 def read_a_manifest(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     require_manifest(folder, "score")
+    (folder / "scores.safetensors").write_bytes(b"abc")
     stage = Stage(folder, "score", {"config": {"a": 1}, "inputs": {"b": {"0": HASH}}}, queries={0: HASH})
     stage.is_done(claim=False)
 
@@ -213,7 +226,7 @@ def read_conditions(folder: Path, content: bytes) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(content)
     ConditionFile(path, ["a", "b"], None).read([0, 1])
-    ConditionFile(path, ["a", "b"], ["1", "-1"]).read([0, 1])
+    ConditionFile(path, ["a", "b"], ["1", "0"]).read([0, 1])
 
 
 def read_a_checkpoint(folder: Path, parts: tuple[bytes, bytes, bytes]) -> None:
@@ -253,8 +266,8 @@ MANIFEST = {
     "stage": "score",
     "status": "done",
     "format_version": 1,
-    "config": {"a": 1, "method": {"name": "mucs"}},
-    "inputs": {"b": {"0": HASH}, "dataset": HASH, "model": HASH},
+    "config": {"a": 1},
+    "inputs": {"b": {"0": HASH}},
     "queries": {"0": HASH},
     "unlearn_variant": "mucs",
     "counts": {"queries": 1},
@@ -320,8 +333,8 @@ TARGETS = {
     "status": Target(json_bytes(MANIFEST), read_a_status),
     "results": Target(json_bytes(MANIFEST), read_results),
     "index.csv": Target((damaged(INDEX) | st.just(INDEX)).flatmap(with_manifest), read_an_index),
-    "safetensors": Target(header_bytes(CONDITIONS, b"\0" * 24) | damaged(SAVED), read_a_tensor),
-    "conditions": Target(header_bytes(CONDITIONS, b"\0" * 24) | damaged(SAVED), read_conditions),
+    "safetensors": Target(header_bytes(CONDITIONS, b"\0" * 24) | damaged(SAVED) | flipped(SAVED), read_a_tensor),
+    "conditions": Target(header_bytes(CONDITIONS, b"\0" * 24) | damaged(SAVED) | flipped(SAVED), read_conditions),
     "checkpoint": Target(st.tuples(json_bytes(PIPELINE), json_bytes(SCHEDULER), json_bytes(SHARDS)), read_a_checkpoint),
 }
 
