@@ -10,7 +10,7 @@ import pytest
 from commands import fails, mucs
 from safetensors.torch import load_file
 
-from mucs_cli import artifacts
+from mucs_cli import artifacts, locks
 from mucs_cli.artifacts import BlockFile, Stage
 from mucs_cli.attribution import unlearning
 from mucs_cli.cli import main
@@ -273,6 +273,7 @@ def test_a_kill_while_a_stage_is_emptied_leaves_it_under_its_old_name(
     with monkeypatch.context() as patched:
         stop_after(patched, Path, "unlink", 2, Killed)
         stop(Killed, "train", f"run={run}", *other)
+    locks.release_all()  # as the end of a killed process does
     assert "training.learning_rate: got 0.001" in fails(capsys, "train", f"run={run}", other[0])
     mucs("train", f"run={run}", *other)
     assert json.loads((run / "train" / "manifest.json").read_text())["config"]["training"]["learning_rate"] == 1e-3
