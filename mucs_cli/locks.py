@@ -74,8 +74,10 @@ def release(folder: Path) -> None:
 def give_back(key: tuple[Path, int]) -> None:
     descriptor = _held.pop(key, None)
     if descriptor is not None:
-        key[0].unlink(missing_ok=True)  # while it is locked: whoever waits finds it gone, and makes another
-        os.close(descriptor)
+        try:
+            key[0].unlink(missing_ok=True)  # while it is locked: whoever waits finds it gone, and makes another
+        finally:
+            os.close(descriptor)
 
 
 def release_all() -> None:
