@@ -344,8 +344,9 @@ class LdsEvaluator(RetrainingEvaluator):
             "loss": torch.from_numpy(np.ascontiguousarray(self.measured)),
             **{PREDICTED + name: torch.from_numpy(rows) for name, rows in self.rows.predicted.items()},
         }
-        shapes = {"loss": "[seeds, queries, subsets]", "subset": "1: trained on", "predicted": "[queries, subsets]"}
-        write_tensors(folder / SUBSETS, tensors, shapes)
+        # One entry: the library writes several in random order, and equal tensors are to give equal files.
+        shapes = "loss [seeds, queries, subsets]; subset 1: trained on; predicted [queries, subsets]"
+        write_tensors(folder / SUBSETS, tensors, {"shapes": shapes})
         return [folder / SUBSETS]
 
     def facts(self) -> dict[str, Any]:

@@ -79,8 +79,8 @@ COMMANDS = {
 COMPARED = (".safetensors", ".csv", ".md", ".tex", ".png", ".svg")
 COMPARED_BY_NAME = ("log.jsonl", "results.json")
 """What else has no times in it."""
-TRIES = 40
-"""Of one command; a last one is not interrupted."""
+PER_STAGE = 3
+"""Kills of a stage in one round, at most."""
 
 
 @dataclass
@@ -106,13 +106,13 @@ class Reference:
         run: its folder.
         start: seconds that a command takes before its first stage.
         seconds: command -> how long it took.
-        stages: command -> the manifests that it wrote, in order, relative to the run.
+        stages: command -> the manifests that it wrote, in order, relative to the run, with the seconds of each stage.
     """
 
     run: Path
     start: float
     seconds: dict[str, float]
-    stages: dict[str, list[Path]]
+    stages: dict[str, dict[Path, float]]
 
 
 def start(name: str, run: Path, log: Path) -> "subprocess.Popen[bytes]":
@@ -150,7 +150,10 @@ def make_reference(folder: Path, names: list[str]) -> Reference:
         seconds[name] = finish(name, run, log)
         before = seconds[name] - float(re.findall(r"run: (\d+) seconds", log.read_text())[-1])
         new = manifests(run) - seen
-        stages[name] = sorted(new, key=lambda path: (run / path).stat().st_mtime_ns)
+        stages[name] = {
+            path: json.loads((run / path).read_text())["seconds"]
+            for path in sorted(new, key=lambda path: (run / path).stat().st_mtime_ns)
+        }
         seen |= new
     return Reference(run, before, seconds, stages)
 
@@ -163,28 +166,45 @@ def kill_until_done(
     Args:
         enough: kills of all rounds, after which it is left alone.
     """
-    for _ in range(TRIES):
-        if kills.per_signal.total() >= enough:
+    here: Counter[Path] = Counter()
+    while kills.per_signal.total() < enough:
+        targets = [path for path in unfinished_of(name, run, reference) if here[path] < PER_STAGE]
+        if not targets:
             break
-        work = max(1.0, reference.seconds[name] - reference.start)
         early = source.random() < 0.15
-        delay = source.uniform(0.2, reference.start) if early else reference.start + source.uniform(0, work / 3)
-        number = source.choice([signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT])
+        share, number = source.random(), source.choice([signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT])
         kills.attempts += 1
+        began = time.time()
         child = start(name, run, log)
+        while not early and child.poll() is None and not has_begun(run / targets[0].parent, began):
+            time.sleep(0.01)
         try:
-            code = child.wait(timeout=delay)
+            code = child.wait(timeout=share * (reference.start if early else reference.stages[name][targets[0]]))
         except subprocess.TimeoutExpired:
-            stage = next((path for path in reference.stages[name] if not (run / path).exists()), None)
+            hit = next(iter(unfinished_of(name, run, reference)), None)
             child.send_signal(number)
             code = child.wait()
+            here[hit or targets[0]] += 1
             kills.per_signal[number.name] += 1
-            kills.per_stage[f"{name}: {'end' if stage is None else stage.parts[0]}"] += 1
+            kills.per_stage[f"{name}: {'start' if early else 'end' if hit is None else hit.parts[0]}"] += 1
             check_end(number, code, log)
         if code == 0:
             return
     kills.attempts += 1
     finish(name, run, log)
+
+
+def unfinished_of(name: str, run: Path, reference: Reference) -> list[Path]:
+    """The manifests that a command has still to write."""
+    return [path for path in reference.stages[name] if not (run / path).exists()]
+
+
+def has_begun(folder: Path, since: float) -> bool:
+    """Whether a stage has been at its folder since a time of the clock."""
+    try:
+        return (folder / "state.json").stat().st_mtime >= since
+    except OSError:
+        return False
 
 
 def check_end(number: signal.Signals, code: int, log: Path) -> None:

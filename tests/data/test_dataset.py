@@ -243,7 +243,8 @@ def test_a_changed_folder_is_refused_by_the_changed_files_name_until_overwritten
         load_dataset(config, run)
     said = {"pixel": "has changed", "new": "is new", "gone": "is gone"}[change]
     assert error.value.subject == str(path) and error.value.message.startswith(said)
-    assert sorted(p.name for p in (run / "data").iterdir()) == ["images.safetensors", "index.csv", "manifest.json"]
+    names = ["images.safetensors", "index.csv", "manifest.json", "progress.jsonl"]
+    assert sorted(p.name for p in (run / "data").iterdir()) == names
     second = load_dataset(config, run, overwrite=True)
     assert second.fingerprint != first.fingerprint
     assert same(load_dataset(config, run), second)
