@@ -358,10 +358,22 @@ class Stage:
                 if delete:
                     if isinstance(error, DamagedError):
                         log.warning("%s is damaged; computing it again", error.subject)
-                    empty(self.folder)
+                    empty(self.folder) if self.overwrite else self._take_away()
                     self.previous = {}
                 return False
         return False
+
+    def _take_away(self) -> None:
+        """Removes what the manifest names, and what says that it is there.
+
+        Other files stay: features of single queries, beside those of all images, have a record of their own.
+        """
+        try:
+            outputs = read_manifest(self.folder / "manifest.json").get("outputs", {})
+        except DamagedError:
+            outputs = {}
+        for name in ("manifest.json", "state.json", *outputs):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _other_result(self, path: Path, key: str, ours: Any, theirs: Any) -> UserError:
         if is_fingerprint(ours) and is_fingerprint(theirs):
@@ -395,7 +407,7 @@ class Stage:
             for query, mine in mapping.items():
                 other = theirs.get(name, {}).get(query, mine)
                 if other != mine:
-                    return f"{name} of query {query}", mine[:16], other[:16]
+                    return f"{name} of query {query}", str(mine)[:16], str(other)[:16]
         recorded = {key: record.get(key, {}) for key in self.identity}
         return first_difference(without_per_query(self.identity), without_per_query(recorded), self.may_grow)
 

@@ -105,8 +105,10 @@ def is_text_mapping(value: Any) -> bool:
 
 
 def are_inputs(value: Any) -> bool:
-    """Name -> fingerprint or another fact; or one fingerprint a query."""
-    return isinstance(value, dict) and all(are_queries(item) for item in value.values() if isinstance(item, dict))
+    """Name -> fingerprint or another fact; or several facts by name, one fingerprint a query for example."""
+    groups = [item for item in value.values() if isinstance(item, dict)] if isinstance(value, dict) else []
+    facts = [fact for group in groups for fact in group.values()]
+    return isinstance(value, dict) and not any(isinstance(fact, dict | list) for fact in facts)
 
 
 def are_queries(value: Any) -> bool:

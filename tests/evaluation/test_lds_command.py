@@ -174,7 +174,7 @@ def test_a_plan_counts_the_models_and_trains_none_and_a_worker_only_trains(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["evaluation=lds", "evaluation.num_subsets=8", "evaluation.num_draws=8", "overwrite=true"]
-    before = stamps(run / "retrain")
+    before, results = stamps(run / "retrain"), results_of(run, "lds")
     capsys.readouterr()
     mucs("evaluate", f"run={run}", *more, "plan=true")
     row = next(line.split() for line in capsys.readouterr().out.splitlines() if "retrain, models" in line)
@@ -182,7 +182,9 @@ def test_a_plan_counts_the_models_and_trains_none_and_a_worker_only_trains(
     assert stamps(run / "retrain") == before
     mucs("evaluate", "-m", f"run={run}", *more, "evaluation.worker=0,1")
     assert len(list((run / "retrain").glob("*/manifest.json"))) == 14
-    assert not (run / "evaluate" / "lds" / "results.json").exists()
+    assert results_of(run, "lds") == results  # the old ones, until there are new ones
+    mucs("evaluate", f"run={run}", *more)
+    assert results_of(run, "lds") != results
 
 
 def test_a_plan_and_a_worker_need_no_scores_yet(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
