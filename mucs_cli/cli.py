@@ -5,24 +5,23 @@ user can cause ends in one line and exit code 2; a bug keeps its traceback.
 """
 
 import contextlib
+import errno
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mucs_cli import __version__, completion, help, processes
+from mucs_cli import __version__, completion, help, interruption, processes, tracking
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.records import read_record
+from mucs_cli.text import printable
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -33,6 +32,14 @@ WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "
 FOLDERS = ("-cp", "--config-path", "-cd", "--config-dir")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
+MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE),
+)
+"""Errors of the system that no code of ours can be to blame for."""
+PERMISSION = (errno.EACCES, errno.EPERM)
+"""Nor for these, where they name a file."""
+
 
 class CommandFailed(SystemExit):
     """A user's error inside a command; it passes through Hydra and its launchers without their own messages."""
@@ -40,10 +47,6 @@ class CommandFailed(SystemExit):
     def __init__(self, line: str):
         super().__init__(line)
         self.line = line
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that files are closed and work in progress is kept."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,20 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
     # Read when torch is loaded. By default a waiting thread spins for milliseconds, which costs nothing on an idle
     # machine, but slows the command several times where other processes want the cores too.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        code = dispatch(arguments)
-        processes.stop()
-        return code
+        with interruption.handled():
+            code = dispatch(arguments)
+            processes.stop()
+            return code
     except (UserError, CommandFailed) as error:
         line = error.line if isinstance(error, CommandFailed) else str(error)
         if processes.claim_failure():
-            print(f"mucs: error: {line}", file=sys.stderr)
+            print(f"mucs: error: {printable(line)}", file=sys.stderr)
         return 2
     except processes.Abandoned:
         return 2
-    except (KeyboardInterrupt, Terminated) as error:
+    except interruption.INTERRUPTIONS as error:
         if processes.has_failed():  # the launcher ends the others with the one that failed
             return 2
         if processes.speaks():
@@ -83,10 +85,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:
         processes.claim_failure()
         raise
-
-
-def on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -166,6 +164,8 @@ def run_application(command: str, flags: list[str], typed: list[str]) -> None:
         UserError: what was typed, or a file of the user's own, cannot be used.
         CommandFailed: a user's error within the command.
     """
+    from concurrent.futures import BrokenExecutor
+
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -187,6 +187,14 @@ def run_application(command: str, flags: list[str], typed: list[str]) -> None:
         hydra_main(command, [*flags, *recorded, *typed], task)
     except UserError:
         raise
+    except BrokenExecutor as error:  # what joblib's own pool raises is one as well
+        if hasattr(error, "raised_by_command"):
+            raise
+        raise UserError(
+            "hydra.launcher",
+            "a worker process has died, perhaps killed for its memory; expected it to end by itself. What is finished "
+            "is kept: run it again, with fewer jobs at once if memory was short.",
+        ) from error
     except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         if hasattr(error, "raised_by_command"):
             raise
@@ -214,13 +222,13 @@ def recorded_kinds(command: str, typed: "list[Override]") -> list[str]:
     if not issubclass(COMMANDS[command].schema, PipelineConfig) or "run" not in given or "experiment" in given:
         return []
     try:
-        config = json.loads((Path(str(given["run"].value())).expanduser() / "run.json").read_text())["config"]
+        config = read_record(Path(str(given["run"].value())).expanduser() / "run.json")["config"]
         kinds = {
-            section: config[section]["name"]
+            section: str(config[section]["name"])
             for section in SECTION_SCHEMAS
             if section not in given and section in config
         }
-    except (OSError, ValueError, KeyError, TypeError):  # the command itself says what is wrong with the file
+    except (UserError, KeyError, TypeError):  # the command itself says what is wrong with the file
         return []
     return [f"{section}={kind}" for section, kind in kinds.items() if kind in SECTION_SCHEMAS[section]]
 
@@ -229,6 +237,8 @@ def check_folders(command: str, flags: list[str], typed: "list[Override]", group
     """Refuses configuration files of the user's own that name code to run; composes what they give, without running."""
     from mucs_cli import overrides
 
+    folders = [Path(value) for flag, value in itertools.pairwise(flags) if flag in FOLDERS]
+    overrides.refuse_packages_of_files(command, flags, folders)
     paths: list[str] = []
     for flag, value in itertools.pairwise(flags):
         if flag in WITH_VALUE and flag not in ("-c", "--cfg", "-p", "--package"):
@@ -237,7 +247,8 @@ def check_folders(command: str, flags: list[str], typed: "list[Override]", group
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
             hydra_main(command, [*paths, "--cfg", "all", *combination], lambda cfg: None)
-        overrides.refuse_code(text.getvalue(), paths[-1] if paths else "hydra.searchpath")
+        keys = [override.key_or_group for override in typed]
+        overrides.refuse_code(text.getvalue(), paths[-1] if paths else "hydra.searchpath", keys)
 
 
 def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
@@ -252,6 +263,7 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from mucs_cli import locks
     from mucs_cli.stages.context import Context
     from mucs_cli.stages.dispatch import run_stage
 
@@ -259,6 +271,7 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
     task = OmegaConf.to_container(job.overrides.task, resolve=False)  # ${...} in an override is text here
     assert isinstance(task, list)
     typed = [str(override) for override in task if override not in recorded]
+    locks.command = shlex.join(["mucs", command, *typed])
     try:
         if issubclass(COMMANDS[command].schema, PipelineConfig):
             from mucs_cli import runtime
@@ -269,16 +282,43 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
                 runtime.log.info("job %d: mucs %s %s", job.job.num + 1, command, " ".join(typed))
             join_processes()
         context = Context.create(command, cfg, typed, Path(job.runtime.cwd))
+        tracking.use(getattr(context.config, "tracker", "none"))
         stage = "plan" if getattr(context.config, "plan", False) else command
         processes.meet()  # what is written from here on must not change what another process reads as its configuration
         run_stage(stage, context)
     except UserError as error:
         raise CommandFailed(str(error)) from None
     except Exception as error:
+        if is_the_machines(error):
+            raise CommandFailed(str(machine_error(error, locks.command))) from None
         error.__dict__["raised_by_command"] = True
         if multiprocessing.parent_process() is not None:  # the way back to the main process drops the traceback
             error.add_note(traceback.format_exc())
         raise
+    finally:
+        locks.release_all()
+
+
+def is_the_machines(error: Exception) -> bool:
+    """Whether a system's error tells of a full disk, a file that may not be read or the like: never of a bug."""
+    return isinstance(error, OSError) and (
+        error.errno in MACHINE or (error.errno in PERMISSION and error.filename is not None)
+    )
+
+
+def machine_error(error: Exception, doing: str) -> UserError:
+    """One line for such an error.
+
+    Args:
+        error: the system's.
+        doing: named where the error names no file.
+    """
+    assert isinstance(error, OSError)
+    return UserError(
+        str(error.filename or doing),
+        f"got the system's error {error.strerror!r}. Free the disk, or change permissions or the path, and run it "
+        "again: what is finished is kept.",
+    )
 
 
 def join_processes() -> None:

@@ -14,6 +14,7 @@ from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.methods import METHODS
 from mucs_cli.schemas import (
+    CheckpointConfig,
     DataConfig,
     DDPMConfig,
     DiffusionConfig,
@@ -64,6 +65,13 @@ class PipelineConfig(RootConfig):
         affects_result=False,
     )
     overwrite: bool = option(False, "redo a stage whose folder holds another result", affects_result=False)
+    tracker: str = option(
+        "none",
+        "where progress is shown besides the log and progress.jsonl: none, or tensorboard, which writes "
+        "tensorboard/ in the stage's folder",
+        choices=("none", "tensorboard"),
+        affects_result=False,
+    )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -74,6 +82,7 @@ class PipelineConfig(RootConfig):
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -127,23 +136,38 @@ class Command:
 
 TRAIN_SECTIONS = ("data", "model", "diffusion", "training")
 COMMANDS: dict[str, Command] = {
-    "train": Command("train the base model", PlannedCommandConfig, TRAIN_SECTIONS, TRAIN_SECTIONS),
+    "train": Command("train the base model", PlannedCommandConfig, (*TRAIN_SECTIONS, "checkpoint"), TRAIN_SECTIONS),
     "sample": Command(
         "generate the queries, or read them", PlannedCommandConfig, ("sampler", "queries"), ("sampler", "queries")
     ),
-    "unlearn": Command("one unlearned model a query", PlannedCommandConfig, ("method", "unlearning", "noise_bank")),
+    "unlearn": Command(
+        "one unlearned model a query", PlannedCommandConfig, ("method", "unlearning", "noise_bank", "checkpoint")
+    ),
     "score": Command(
         "score every training image for every query",
         PlannedCommandConfig,
         ("method", "unlearning", "noise_bank", "score"),
     ),
-    "evaluate": Command("judge and compare the scores of several variants", PlannedCommandConfig, ("evaluation",)),
+    "evaluate": Command(
+        "judge and compare the scores of several variants", PlannedCommandConfig, ("evaluation", "checkpoint")
+    ),
     "report": Command("write the HTML report", PipelineConfig, ("report",)),
     "show": Command("print a query's top training images", ShowConfig),
     "run": Command(
         "run the stages in order, skipping what is up to date",
         RunCommandConfig,
-        (*TRAIN_SECTIONS, "sampler", "queries", "method", "unlearning", "noise_bank", "score", "evaluation", "report"),
+        (
+            *TRAIN_SECTIONS,
+            "sampler",
+            "queries",
+            "method",
+            "unlearning",
+            "noise_bank",
+            "score",
+            "checkpoint",
+            "evaluation",
+            "report",
+        ),
     ),
     "status": Command("what a run holds, its sizes, and what can be cleaned", StatusConfig),
 }

@@ -20,6 +20,10 @@ class UserError(Exception):
         return " ".join(f"{self.subject}: {self.message}".split())
 
 
+class DamagedError(UserError):
+    """A file of a run that is not as it was written, or gone."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

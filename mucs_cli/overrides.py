@@ -6,18 +6,22 @@ type, a user's own file) is translated by ``as_user_error``.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from mucs_cli.composition import conf_folder
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig, known_keys, sections_of, type_name
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.records import flatten
 
 Groups = Mapping[str, list[str]]
 """Config group -> its options."""
@@ -39,8 +43,27 @@ HYDRAS_OWN = {
 CODE = re.compile(r"(?<!\w)(_target_|oc\.decode|oc\.create)(?!\w)")
 """What can name code in a value; the resolvers build a mapping out of text."""
 
+CLOSED_TO_FILES: dict[str, Any] = {
+    "hydra.job.env_set": {},
+    "hydra.job.env_copy": [],
+    "hydra.launcher.additional_parameters": {},
+    "hydra.launcher.setup": None,
+    "hydra.launcher.submitit_folder": "${hydra.sweep.dir}/.submitit/%j",
+    "hydra.launcher.temp_folder": None,
+    "hydra.sweeper.custom_search_space": None,
+    "hydra.sweeper.storage": None,
+}
+"""Hydra's settings that start programs, choose what a program loads, or write anywhere, with their harmless values.
+
+What the user types is the user's own; a file may come from others. To these belongs all that ``settings.yaml`` sets.
+"""
+
 CLOSED = re.compile(r"hydra[./](callbacks|job_logging|hydra_logging)(?!\w)")
 """Hydra's settings that run code by themselves, or would take the log away."""
+
+
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
+"""Launchers that are installed apart -> the extra that brings them."""
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -80,6 +103,8 @@ def check(command: str, overrides: list[Override], groups: Groups, sweeps: bool)
             raise UserError(str(override.input_line), "is refused: it can run code or change the log. Leave it out.")
         key = override.key_or_group
         if re.split(r"[./]", key)[0] == "hydra":
+            if key == "hydra.searchpath":
+                refuse_packages(override.value(), "typed")
             continue
         if override.is_delete():
             raise UserError(
@@ -159,16 +184,51 @@ def without_sweeps(overrides: list[Override], groups: Groups) -> Iterator[list[s
         yield [*fixed, *combination]
 
 
-def refuse_code(text: str, folder: str) -> None:
+def refuse_packages(searchpath: Any, where: str) -> None:
+    """Refuses places for configuration files other than folders: looking into a package imports, and so runs, it.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for place in searchpath if isinstance(searchpath, list | ListConfig) else [searchpath]:
+        if "://" in str(place) and not str(place).startswith("file://"):
+            raise UserError(
+                "hydra.searchpath", f"got {place} ({where}), which can run code; expected folders. Leave it out."
+            )
+
+
+def refuse_packages_of_files(command: str, flags: list[str], folders: list[Path]) -> None:
+    """``refuse_packages`` of what the user's own primary configuration says, before Hydra goes there."""
+    names = [value for flag, value in itertools.pairwise(flags) if flag in ("-cn", "--config-name")]
+    name = (names[-1] if names else command).removesuffix(".yaml")
+    for path in (folder / f"{name}.yaml" for folder in folders):
+        if path.is_file():
+            content = OmegaConf.load(path)
+            refuse_packages(OmegaConf.select(content, "hydra.searchpath") or [], str(path))
+
+
+def refuse_code(text: str, folder: str, typed: Collection[str] = ()) -> None:
     """Refuses a composed configuration, as YAML, that names code to run other than Hydra's own.
 
+    Args:
+        text: the configuration.
+        folder: where the user's files are, for the error.
+        typed: keys that stand on the command line.
     Raises:
         UserError: naming the key.
     """
+    ours = yaml.safe_load((conf_folder() / "settings.yaml").read_text(encoding="utf-8"))
+    closed = CLOSED_TO_FILES | {f"hydra.{key}": value for key, value in flatten(ours).items()}
 
     def walk(node: Any, path: str) -> None:
         if isinstance(node, str) and (found := CODE.search(node)):
             raise UserError(path, f"{folder} gives it {found.group()}, which can run code. Leave it out.")
+        if path in closed and node != closed[path] and not any(f"{key}.".startswith(f"{path}.") for key in typed):
+            raise UserError(
+                path, f"{folder} gives it {node!r}; a file may not set it. Type it on the command line if you want it."
+            )
+        if path.startswith("hydra.launcher.") and isinstance(node, str) and "\n" in node:
+            raise UserError(path, f"{folder} gives it {node!r}, which can run code. Leave the line break out.")
         for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
             where = f"{path}.{key}" if path else str(key)
             if key in HYDRAS_OWN and value not in HYDRAS_OWN[key]:
@@ -197,6 +257,9 @@ def as_user_error(error: Exception, command: str, overrides: list[Override]) -> 
             return composing_error(cause, str(cause.full_key), where, command, overrides)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MissingConfigException):
+        launcher = str(error.missing_cfg_file).removeprefix("hydra/launcher/")
+        if launcher in LAUNCHERS:
+            return UserError("hydra/launcher", f"needs {launcher}. Run pip install 'mucs[{LAUNCHERS[launcher]}]'.")
         options = ", ".join(lines[2:]).split(", Config search path")[0]
         return UserError("configuration", f"{lines[0]}; expected {options}. Name an existing one.")
     return UserError("configuration", f"{lines[0] if lines else repr(error)}. See mucs {command} --help.")

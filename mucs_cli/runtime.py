@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 
@@ -17,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from mucs_cli import processes
+from mucs_cli import processes, tracking
 from mucs_cli.errors import UserError
 from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
+from mucs_cli.text import printable
 
 log = logging.getLogger("mucs")
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 LINE_SECONDS = 10.0
 REHEARSED_SECONDS = 4.0
 """Of a loop that a rehearsal leaves early: enough for its pace."""
@@ -122,7 +124,25 @@ class ConsoleHandler(logging.Handler):
         if not processes.speaks():
             return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        console.print(prefix + self.format(record), markup=False)
+        console.print(printable(prefix + self.format(record)), markup=False)
+
+
+class LogFileHandler(logging.FileHandler):
+    """Appends to a log file, never through a link: one in a folder from others could lead anywhere."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=unlinked)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A disk that is full ends the command where results are written, not where it talks about them."""
+
+
+def unlinked(path: str, flags: int) -> int:
+    """``os.open`` of a path that must be no link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def set_up_logging() -> None:
@@ -133,17 +153,21 @@ def set_up_logging() -> None:
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Also writes the log to ``path``, appending, with times; of several processes the first one does."""
+def stage_log(folder: Path) -> Iterator[None]:
+    """Also writes the log to ``log.txt`` in a stage's folder, with times, and its progress to ``progress.jsonl``.
+
+    Of several processes the first one does.
+    """
     if not processes.is_first():
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = LogFileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
-        yield
+        with tracking.in_folder(folder):
+            yield
     finally:
         log.removeHandler(handler)
         handler.close()
@@ -168,6 +192,8 @@ def is_live() -> bool:
 class Progress:
     """Progress with rate and time left: a bar on a terminal, otherwise a line every ten seconds.
 
+    At the same pace, and at the end, a line goes to the stage's ``progress.jsonl``, see ``tracking``.
+
     Args:
         title: what is being done, for example "train".
         total: how many units there are.
@@ -183,6 +209,8 @@ class Progress:
     ):
         self.title, self.total, self.unit = title, total, unit
         self.done = self.first = done
+        self.is_tracked = True
+        self.numbers: Mapping[str, tracking.Number] = {}
         self.started = self.last_line = time.monotonic()
         self.bar: RichProgress | None = None
         self.leave_after = leave_after
@@ -210,6 +238,8 @@ class Progress:
     ) -> bool:
         if self.bar is not None:
             self.bar.stop()
+        if not self.is_tracked:
+            self._track(time.monotonic())
         if self.rehearsal is not None and (error is None or isinstance(error, Enough)):
             now = time.monotonic()
             rehearsed, spent = self.done - self.first, now - self.started
@@ -226,30 +256,35 @@ class Progress:
         yield
         self.pace.set_up(time.monotonic() - started)
 
-    def advance(self, count: int = 1, note: str = "", begun: float = 0.0) -> None:
+    def advance(self, count: int = 1, numbers: Mapping[str, tracking.Number] | None = None, begun: float = 0.0) -> None:
         """Counts ``count`` more units.
 
         Args:
             count: how many were finished.
-            note: stands beside them (the loss, for example).
+            numbers: stand beside them (the loss, for example).
             begun: how many of the next ones are done, as far as can be told; for a rehearsal.
         """
         self.done += count
-        self._show(note)
+        self.numbers = numbers or {}
+        self.is_tracked = False
+        self._show()
         now = time.monotonic()
         self.pace.advance(count, begun, now)
         if self.rehearsal is not None and self.done < self.total and now - self.started > (self.leave_after or 0):
             raise Enough
 
-    def _show(self, note: str) -> None:
+    def _show(self) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=note)
-            return
+            self.bar.update(self.task, completed=self.done, note=note_of(self.numbers))
         now = time.monotonic()
-        if now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
-            rate = (self.done - self.first) / (now - self.started)
+        if now - self.last_line < LINE_SECONDS:
+            return
+        self.last_line = now
+        self._track(now)
+        if self.bar is None:
+            rate = self._rate(now)
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
+            note = note_of(self.numbers)
             log.info(
                 "%s: %d/%d %s, %.3g/s, %s left%s",
                 self.title,
@@ -260,3 +295,21 @@ class Progress:
                 left,
                 note and f", {note}",
             )
+
+    def _track(self, now: float) -> None:
+        self.is_tracked = True
+        if current_rehearsal() is None:
+            tracking.write(self.title, self.done, self.total, self.unit, self._rate(now), self.numbers)
+
+    def _rate(self, now: float) -> float:
+        """Units a second of this attempt."""
+        return (self.done - self.first) / max(now - self.started, 1e-9)
+
+
+def note_of(numbers: Mapping[str, tracking.Number]) -> str:
+    """``query 3, step 12, retain loss 0.182, forget loss 1.024``; what is None is left out."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.3f}' if isinstance(value, float) else value}"
+        for name, value in numbers.items()
+        if value is not None
+    )

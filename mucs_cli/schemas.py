@@ -230,7 +230,6 @@ class TrainingConfig:
     patience: int | None = option(
         None, "measurements without a lower loss after which training stops; null: never", minimum=1
     )
-    checkpoint_every_seconds: float = option(60.0, "time between resumable checkpoints", above=0, affects_result=False)
     seed: int = option(II("seed"), "seed of initialisation, order, noise and dropout")
 
 
@@ -403,6 +402,17 @@ class ScoreConfig:
         None,
         "highest scores of a query of which each group's share is given; null: 1 % of the images, at least 10",
         minimum=1,
+        affects_result=False,
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    every_seconds: float = option(
+        60.0,
+        "seconds between saved states of training, retraining and unlearning; what a kill -9 loses at most, with "
+        "one step",
+        above=0,
         affects_result=False,
     )
 

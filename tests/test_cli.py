@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from mucs_cli import __version__
@@ -19,6 +21,7 @@ from mucs_cli.cli import main
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, known_keys
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.methods import METHODS
+from mucs_cli.overrides import as_user_error
 from mucs_cli.stages import status
 
 TINY = ["experiment=digits", "run=r", "device=cpu", "data.limit=32", "training.num_steps=2", "training.warmup_steps=1"]
@@ -169,6 +172,40 @@ def test_an_error_in_a_workers_job_is_one_line(tmp_path: Path) -> None:
     assert got in ("0", "-1")  # whichever job is the first to fail
 
 
+def test_submitit_runs_the_jobs_of_a_sweep_in_processes_of_their_own(tmp_path: Path) -> None:
+    """Where the queue is SLURM's, the same jobs are sent there."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra submitit")
+    tiny = ["experiment=digits", "device=cpu", "data.limit=32", "model.width=16", "training.num_steps=2"]
+    done = mucs("train", "-m", "run=r-${seed}", "seed=1,2", "hydra/launcher=submitit_local", *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"r-{seed}/train/manifest.json").read_text()) for seed in (1, 2))
+    assert first["outputs"] != second["outputs"]
+
+
+def test_an_error_in_a_job_of_submitit_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra submitit")
+    done = mucs("train", "-m", "run=r", "training.num_steps=0,-1", "hydra/launcher=submitit_local", cwd=tmp_path)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("mucs: error: ")] == [
+        "mucs: error: training.num_steps: got 0; expected at least 1: updates."
+    ]
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_what_brings_it() -> None:
+    missing = MissingConfigException("In 'hydra/launcher/slurm': Could not find", "hydra/launcher/submitit_slurm")
+    line = str(as_user_error(missing, "unlearn", []))
+    assert line == "hydra/launcher: needs submitit_slurm. Run pip install 'mucs[submitit]'."
+
+
+def test_the_settings_for_slurm_compose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra submitit")
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.timeout_min=30"]
+    assert main(["unlearn", "-m", "run=r", "seed=1,2", *slurm, "--cfg", "hydra", "-p", "hydra.launcher"]) == 0
+    composed = yaml.safe_load(capsys.readouterr().out)
+    assert composed["_target_"].endswith("SlurmLauncher")
+    assert (composed["timeout_min"], composed["max_num_timeout"]) == (30, 100)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -263,7 +300,7 @@ def test_an_interrupted_run_says_how_to_go_on(number: int, code: int, tmp_path: 
         "run=r",
         "device=cpu",
         "data.limit=32",
-        "training.checkpoint_every_seconds=0.2",
+        "checkpoint.every_seconds=0.2",
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "mucs_cli", *arguments],

@@ -72,7 +72,7 @@ def test_primary_files_state_the_schemas_defaults(file: str, schema: type | None
         if entry.name in sections_of(schema):
             expected = (
                 {e.name: default_of(e) for e in fields(schema_of(entry.name, {"name": "dit"}, schema))}
-                if (entry.name in ("score", "report"))
+                if entry.name in ("score", "report", "checkpoint")
                 else None
             )
         else:

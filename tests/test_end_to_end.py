@@ -250,7 +250,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, c
 @pytest.mark.parametrize(
     ("command", "owner", "name", "calls", "arguments"),
     [
-        ("train", Trainer, "update", 25, [*SMALL, "training.checkpoint_every_seconds=1e-6"]),
+        ("train", Trainer, "update", 25, [*SMALL, "checkpoint.every_seconds=1e-6"]),
         ("unlearn", mirrored.MirroredUnlearner, "unlearn", 2, UNLEARN),
         ("score", score_engine, "bank_losses", 2, SCORE),
         ("score", score_engine, "bank_losses", 4, SCORE),
@@ -604,9 +604,7 @@ def test_a_diverging_training_run_is_named_and_keeps_its_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "diverging"
-    line = fails(
-        capsys, "train", *SMALL, f"run={run}", "training.learning_rate=1e25", "training.checkpoint_every_seconds=1e-6"
-    )
+    line = fails(capsys, "train", *SMALL, f"run={run}", "training.learning_rate=1e25", "checkpoint.every_seconds=1e-6")
     assert "training.learning_rate: got a non-finite loss" in line
     assert list((run / "train" / "checkpoint").glob("*.safetensors"))
 

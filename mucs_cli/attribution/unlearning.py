@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from torch import Tensor
 from mucs_cli.attribution.unlearning_batch import BatchSource, InstanceWeight, RetainBatch, UnlearningBatch
 from mucs_cli.attribution.unlearning_models import Models, OneModel, StackedModels
 from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.diffusion.optimizer_state import load_optimizer_state, optimizer_state
+from mucs_cli.interruption import held_back
 from mucs_cli.runtime import smaller_batch
 
 Result = TypeVar("Result")
@@ -96,6 +98,10 @@ class UnlearningStep:
     forget_loss: float
 
 
+OnStep = Callable[[int, UnlearningStep], None]
+"""Is told of a query's id and the losses of its step."""
+
+
 @dataclass
 class UnlearningResult:
     """num_steps: updates taken; reached_bound: whether the stop rule ended the run (None where it was not asked).
@@ -126,6 +132,24 @@ class UnlearningResult:
         }
 
 
+class Checkpoints(Protocol):
+    """Where the state of queries on their way is kept, so that an interrupted run goes on from it to the same bits."""
+
+    def begin(
+        self, queries: int | list[int], state: Callable[[], tuple[int, dict[str, Tensor]]]
+    ) -> Mapping[str, Tensor]:
+        """What was kept of just this query, or this stack; ``state`` gives steps and tensors from now on."""
+        ...
+
+    def save_if_due(self) -> None:
+        """After every step."""
+        ...
+
+    def save(self) -> None:
+        """Before the first of several queries is done: without it the others could not be stepped to the same bits."""
+        ...
+
+
 class NonFiniteLossError(RuntimeError):
     """A loss became infinite or not a number."""
 
@@ -143,12 +167,13 @@ def unlearn(
     settings: UnlearningSettings,
     seed: int,
     query_id: int,
-    on_step: Callable[[UnlearningStep], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     preconditioner: Mapping[str, Tensor] | None = None,
     noise_levels: Tensor | None = None,
     instance_weight: InstanceWeight | None = None,
     micro_batch_key: str = "unlearning.micro_batch_size",
+    checkpoints: Checkpoints | None = None,
 ) -> UnlearningResult:
     """Unlearns one query in place of ``denoiser``'s weights, and returns what changed.
 
@@ -165,11 +190,12 @@ def unlearn(
         settings: hyperparameters and the bound.
         seed, query_id: noise of step i comes from the stream ("unlearning", query_id, i), and of its further batches k
             from ("unlearning", query_id, i, k), whatever other queries exist.
-        on_step: called with each step's losses.
+        on_step: called with the query's id and each step's losses.
         preconditioner: name -> factors of the gradient, in the parameter's shape, for every trainable parameter.
         noise_levels: levels to draw from uniformly, [L]; None for the distribution the model is trained with.
         instance_weight: weights of the training images of each batch, scaled to mean 1 there.
         micro_batch_key: what messages call ``settings.micro_batch_size``.
+        checkpoints: keeps the state between steps; the run goes on from what is there of this query.
     Returns:
         The changed tensors (copies), the number of updates, the log, and the query's loss before and after.
     Raises:
@@ -185,7 +211,7 @@ def unlearn(
     if preconditioner is not None:
         _check_preconditioner(preconditioner, models.parameters, settings)
     memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key)
-    ((_, result),) = _unlearn(models, [source], settings, on_step, memory, preconditioner)
+    ((_, result),) = _unlearn(models, [source], settings, on_step, memory, preconditioner, checkpoints)
     return result
 
 
@@ -194,9 +220,10 @@ def unlearn_stacked(
     trainable: Sequence[str],
     sources: Sequence[BatchSource],
     settings: UnlearningSettings,
-    on_step: Callable[[UnlearningStep], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     micro_batch_key: str = "unlearning.micro_batch_size",
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[tuple[int, UnlearningResult]]:
     """Unlearns several queries at once, with stacked parameters; each as ``unlearn`` does, but for rounding.
 
@@ -204,9 +231,9 @@ def unlearn_stacked(
     network is put into evaluation mode.
 
     Args:
-        denoiser, trainable, settings, micro_batch_key: as in ``unlearn``.
+        denoiser, trainable, settings, micro_batch_key, checkpoints: as in ``unlearn``.
         sources: each query's batches, from ``batch_source``.
-        on_step: called with each step's losses, query by query.
+        on_step: called with the query's id and each step's losses, query by query.
     Yields:
         A query's id and its result, as soon as it has stopped.
     Raises:
@@ -214,7 +241,8 @@ def unlearn_stacked(
     """
     denoiser.network.eval()
     models = StackedModels(denoiser, trainable, settings.new_optimizer, len(sources))
-    yield from _unlearn(models, sources, settings, on_step, _MemoryLimit(settings.micro_batch_size, micro_batch_key))
+    memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key)
+    yield from _unlearn(models, sources, settings, on_step, memory, checkpoints=checkpoints)
 
 
 LONG_STEP = 0.1
@@ -253,7 +281,7 @@ def step_seconds(
     """
     starts: dict[int, float] = {}
 
-    def note(step: UnlearningStep) -> None:
+    def note(_: int, step: UnlearningStep) -> None:
         starts.setdefault(step.step, time.perf_counter())
 
     denoiser.network.eval()
@@ -311,15 +339,21 @@ def _unlearn(
     models: Models,
     sources: Sequence[BatchSource],
     settings: UnlearningSettings,
-    on_step: Callable[[UnlearningStep], None] | None,
+    on_step: OnStep | None,
     memory: "_MemoryLimit",
     preconditioner: Mapping[str, Tensor] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[tuple[int, UnlearningResult]]:
     """Steps all models together, and yields each query's result as soon as it has stopped."""
     has_rule = settings.num_steps is None
     limit = settings.max_steps if settings.num_steps is None else settings.num_steps
     runs = [_Run(source, source.probe(), UnlearningResult({}, 0, False if has_rule else None)) for source in sources]
-    for step in range(limit + 1 if has_rule else limit):
+    if checkpoints is not None:
+        with held_back():  # until the state is that of the checkpoint
+            kept = checkpoints.begin(_ids(models, runs), lambda: _state(models, runs))
+            if kept:
+                _load_state(models, runs, kept)
+    for step in range(runs[0].result.num_steps, limit + 1 if has_rule else limit):
         with _shared_time(runs):
             first = [run.source.batch(step, 0) for run in runs]
             work = partial(_accumulate_gradient, models, [run.source for run in runs], step, first, settings)
@@ -329,20 +363,63 @@ def _unlearn(
             for run in runs:
                 run.result.reached_bound = run.result.log[-1].forget_loss >= settings.tolerance * settings.bound
             going = [row for row, run in enumerate(runs) if not run.result.reached_bound and step < limit]
+            if checkpoints is not None and 0 < len(going) < len(runs):
+                checkpoints.save()
             yield from _finished(models, runs, [row for row in range(len(runs)) if row not in going], memory)
             if not going:
                 return
             if len(going) < len(runs):
-                models, runs = models.kept(going), [runs[row] for row in going]
+                with held_back():
+                    models, runs = models.kept(going), [runs[row] for row in going]
         with _shared_time(runs):
             if step == 0:  # not before: the first batch has settled what fits into memory
                 _measure(models, runs, "base_query_loss", memory)
             if preconditioner is not None:
                 _multiply_gradient(models.parameters, preconditioner)
-            models.optimizer.step()
-        for run in runs:
-            run.result.num_steps += 1
+            with held_back():
+                models.optimizer.step()
+                for run in runs:
+                    run.result.num_steps += 1
+        if checkpoints is not None:
+            checkpoints.save_if_due()
     yield from _finished(models, runs, range(len(runs)), memory)
+
+
+def _ids(models: Models, runs: Sequence[_Run]) -> int | list[int]:
+    """The query, or those of a stack, of one maybe."""
+    ids = [run.source.query_id for run in runs]
+    return ids[0] if isinstance(models, OneModel) else ids
+
+
+def _state(models: Models, runs: Sequence[_Run]) -> tuple[int, dict[str, Tensor]]:
+    """Steps taken, and what the next one depends on; of a step that is being taken, nothing yet."""
+    num_steps = runs[0].result.num_steps
+    losses = [[(_number(e.retain_loss), e.forget_loss) for e in run.result.log[:num_steps]] for run in runs]
+    return num_steps, {
+        "query_id": torch.tensor(_ids(models, runs)),
+        "log": torch.tensor(losses, dtype=torch.float64).view(len(runs), num_steps, 2),
+        "base_query_loss": torch.tensor([run.result.base_query_loss for run in runs], dtype=torch.float64),
+        "seconds": torch.tensor([run.result.seconds for run in runs], dtype=torch.float64),
+        **optimizer_state(models.parameters, models.optimizer),
+    }
+
+
+def _load_state(models: Models, runs: Sequence[_Run], tensors: Mapping[str, Tensor]) -> None:
+    load_optimizer_state(models.parameters, models.optimizer, tensors)
+    for row, run in enumerate(runs):
+        losses = tensors["log"][row].tolist()
+        run.result.log = [
+            UnlearningStep(step, None if math.isnan(retain) else retain, forget)
+            for step, (retain, forget) in enumerate(losses)
+        ]
+        run.result.num_steps = len(losses)
+        run.result.base_query_loss = float(tensors["base_query_loss"][row])
+        run.result.seconds = float(tensors["seconds"][row])
+
+
+def _number(loss: float | None) -> float:
+    """NaN in the place of a term that is left out; losses themselves are finite."""
+    return math.nan if loss is None else loss
 
 
 @contextmanager
@@ -355,14 +432,14 @@ def _shared_time(runs: Sequence[_Run]) -> Iterator[None]:
         run.result.seconds += share
 
 
-def _record(run: _Run, step: UnlearningStep, on_step: Callable[[UnlearningStep], None] | None) -> None:
+def _record(run: _Run, step: UnlearningStep, on_step: OnStep | None) -> None:
     """Adds a step to the log; raises NonFiniteLossError."""
     for value in (step.retain_loss, step.forget_loss):
         if value is not None and not math.isfinite(value):
             raise NonFiniteLossError(step.step, value, run.source.query_id)
     run.result.log.append(step)
     if on_step is not None:
-        on_step(step)
+        on_step(run.source.query_id, step)
 
 
 def _finished(

@@ -37,7 +37,8 @@ class CaptionEncoder:
         transformers = import_transformers(KEY, path, "text")
         name = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
         with loading(KEY, path, EXPECTED):
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+            # Unless it is told not to, the library asks on the terminal whether to run code that the folder brings.
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = load_model(transformers.CLIPTextModelWithProjection, name, KEY, path, EXPECTED)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = model.to(self.device)

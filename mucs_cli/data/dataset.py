@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, sha256_file
+from mucs_cli import tracking
+from mucs_cli.artifacts import BlockFile, Stage, empty, fingerprint, map_tensor, sha256_file
 from mucs_cli.config import result_config
 from mucs_cli.data.images import ImageDataset, block_size
 from mucs_cli.data.record import CACHE, CONDITIONS, INDEX, MismatchError, Record, write_index
@@ -94,8 +95,9 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
         UserError: the data cannot be used; or, without ``overwrite``, they differ from the run's.
     """
     source = open_source(config)
-    stage = Stage(run / "data", "data", {"config": {"data": identity(config)}}, overwrite)
-    with locked(stage.folder):
+    mended = (CACHE, INDEX, CONDITIONS)  # by decoding again, or with a word of their own
+    stage = Stage(run / "data", "data", {"config": {"data": identity(config)}}, overwrite, cleanable=mended)
+    with locked(stage.folder), tracking.in_folder(stage.folder):
         record, is_new = None, False
         if stage.is_done():
             try:
@@ -103,7 +105,7 @@ def load_dataset(config: DataConfig, run: Path, overwrite: bool = False) -> Imag
             except MismatchError:
                 if not overwrite:
                     raise
-                shutil.rmtree(stage.folder)
+                empty(stage.folder)
         if record is None:
             # No state.json: an attempt that failed here has computed nothing that another configuration would lose.
             decode_all(config, source, stage, None)

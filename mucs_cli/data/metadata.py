@@ -77,7 +77,7 @@ def read_metadata(folder: Path, files: list[str], linked: Collection[str] = ()) 
             if name not in names:
                 names[name] = shown_name(name, place, names.values())
                 columns[names[name]] = [""] * len(files)
-            columns[names[name]][position[file]] = value
+            columns[names[name]][position[file]] = as_text(value)
     if not line_of:
         raise UserError(str(path), f"got no row; expected one a picture, with {FILE_NAME}. Fill or remove it.")
     return columns
@@ -96,9 +96,16 @@ def checked_name(name: str, place: str, folder: Path, files: Collection[str], li
             place, f"got {name!r}, which leads out of {folder}; expected a path in it. Move the picture, or correct it."
         )
     if file not in files:
-        got = "is not a picture that is read" if (folder / file).exists() else "does not exist"
+        got = "is not a picture that is read" if is_there(folder / file) else "does not exist"
         raise UserError(place, f"got {name!r}, which {got}.{did_you_mean(file, files)} Correct the row, or remove it.")
     return file
+
+
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is longer than names can be, or that no file can have
+        return False
 
 
 def leaves(folder: Path, file: str) -> bool:
@@ -137,7 +144,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 continue
             place = f"{path}, line {reader.line_num}"
             if not header:
-                header = cells
+                header = [as_text(cell) for cell in cells]
                 if FILE_NAME not in header:
                     raise UserError(
                         place, f"got columns {', '.join(header)}; expected one called {FILE_NAME}. Name it so."
@@ -150,7 +157,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     f"got {len(cells)} values; expected {len(header)}, as the header has. Quote values with commas.",
                 )
             else:
-                yield reader.line_num, dict(zip(header, map(as_text, cells), strict=True))
+                yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}", f"is not CSV ({error}). Correct the line.") from error
 
@@ -162,6 +169,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             row = json.loads(text)
+            texts = {as_text(key): as_text(value) for key, value in row.items()} if isinstance(row, dict) else {}
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {line}", f"is not JSON ({error}). Correct the line.") from error
         if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):
@@ -169,7 +177,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 f"{path}, line {line}",
                 f"got {text[:60]!r}; expected a JSON object with a string {FILE_NAME}. Correct it.",
             )
-        yield line, {as_text(key): as_text(value) for key, value in row.items()}
+        yield line, texts | {FILE_NAME: row[FILE_NAME]}
 
 
 def as_text(value: Any) -> str:

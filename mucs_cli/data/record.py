@@ -1,21 +1,24 @@
 """What a run's ``data/`` folder says about its images: ``index.csv`` and ``manifest.json``."""
 
 import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import read_json, sha256_file, write_text
+from mucs_cli.artifacts import is_whole, write_text
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
+from mucs_cli.text import csv_cells, csv_text
 
 INDEX = "index.csv"
 CACHE = "images.safetensors"
 CONDITIONS = "conditions.safetensors"
 COLUMNS = ("example_id", "file", "sha256", "split")
+REQUIRED = ("source", "fingerprint", "facts", "levels", "class_names", "label_column", "skipped", "outputs")
+"""Parts of the manifest without which the data cannot be told."""
 ADVICE = "Use another run=, or overwrite=true to take the data as they are now."
 
 
@@ -27,14 +30,12 @@ def write_index(path: Path, source: Source, sha256: list[str], training: np.ndar
     """Writes a row an image: example_id, file, sha256, split, then the metadata columns."""
     is_training = np.zeros(len(source.files), dtype=bool)
     is_training[training] = True
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *source.metadata])
+    rows: list[list[Any]] = [[*COLUMNS, *source.metadata]]
     for example_id, file in enumerate(source.files):
         part = "training" if is_training[example_id] else "holdout"
         columns = [column[example_id] for column in source.metadata.values()]
-        writer.writerow([example_id, file, sha256[example_id], part, *columns])
-    write_text(path, text.getvalue())
+        rows.append([example_id, file, sha256[example_id], part, *columns])
+    write_text(path, csv_text(rows))
 
 
 @dataclass(eq=False)
@@ -58,16 +59,20 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """Raises MismatchError where ``index.csv`` is not the one that was written."""
-        manifest = read_json(folder / "manifest.json")
+        """Raises MismatchError where ``index.csv`` is not the one that was written, UserError where it is no index."""
+        path = folder / INDEX
+        manifest = read_manifest(folder / "manifest.json")
+        missing = [key for key in REQUIRED if key not in manifest]
+        if missing:
+            raise UserError(str(folder / "manifest.json"), f"has no {missing[0]}. {ADVICE}")
         check_output(folder, manifest, INDEX)
-        text = (folder / INDEX).read_bytes().decode()
-        previous = csv.field_size_limit(max(len(text), 131_072))  # a caption may be of any length
         try:
-            header, *rows = csv.reader(io.StringIO(text, newline=""))
-        finally:
-            csv.field_size_limit(previous)
-        columns = dict(zip(header, ([row[index] for row in rows] for index in range(len(header))), strict=True))
+            header, *rows = csv_cells(path.read_bytes().decode())
+        except (csv.Error, ValueError) as error:
+            raise UserError(str(path), f"cannot be read ({error}). {ADVICE}") from error
+        if header[: len(COLUMNS)] != list(COLUMNS) or any(len(row) != len(header) for row in rows):
+            raise UserError(str(path), f"got other columns than {', '.join(COLUMNS)} and metadata. {ADVICE}")
+        columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
         training = [index for index, part in enumerate(columns["split"]) if part == "training"]
         return cls(
             folder,
@@ -143,11 +148,6 @@ class Record:
         if str(source.folder) != before:
             return MismatchError("data.path", f"got {source.folder}; {path} has {before}, and {file} {what}. {ADVICE}")
         return MismatchError(str(source.folder / file), f"{what}; expected the data of {path}. {ADVICE}")
-
-
-def is_whole(folder: Path, manifest: dict[str, Any], name: str) -> bool:
-    path = folder / name
-    return path.exists() and sha256_file(path) == manifest["outputs"][name]["sha256"]
 
 
 def check_output(folder: Path, manifest: dict[str, Any], name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mucs_cli.artifacts import read_json, read_tensors, write_json, write_tensors
+from mucs_cli.artifacts import check_file, read_json, read_tensors, write_json, write_tensors
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import Denoiser, EDMDenoiser
 from mucs_cli.diffusion.networks import DiT, Network
@@ -23,6 +23,8 @@ PRECONDITIONINGS: dict[str, type[EDMDenoiser] | type[VPDenoiser] | type[DDPMDeno
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' own file name, so that ``from_pretrained`` of the network's class reads the folder."""
+CONFIG, FACTS, MODEL = "config.json", "denoiser.json", "model"
+"""The network's configuration, the preconditioning's, and the folder of a stage that they and the weights lie in."""
 
 
 def precondition(network: Network, facts: Mapping[str, Any], subject: str) -> Denoiser:
@@ -35,12 +37,12 @@ def precondition(network: Network, facts: Mapping[str, Any], subject: str) -> De
     Raises:
         UserError: the facts describe no denoiser.
     """
-    name = facts.get("preconditioning")
-    if name not in PRECONDITIONINGS:
+    name = facts.get("preconditioning") if isinstance(facts, Mapping) else facts
+    if not isinstance(name, str) or name not in PRECONDITIONINGS:
         raise UserError(subject, f"got preconditioning {name!r}; expected one of {', '.join(PRECONDITIONINGS)}.")
     try:
         return PRECONDITIONINGS[name].from_facts(network, facts)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # diffusers' schedulers meet impossible numbers with errors of many kinds
         raise UserError(subject, f"got an impossible {name} preconditioning: {error}. Correct it.") from error
 
 
@@ -49,8 +51,8 @@ def save_denoiser(folder: Path, denoiser: Denoiser, weights: dict[str, Tensor]) 
     folder.mkdir(parents=True, exist_ok=True)
     denoiser.network.save_config(folder)
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
-    write_json(folder / "denoiser.json", denoiser.facts())
-    return [folder / "config.json", folder / WEIGHTS, folder / "denoiser.json"]
+    write_json(folder / FACTS, denoiser.facts())
+    return [folder / CONFIG, folder / WEIGHTS, folder / FACTS]
 
 
 def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None = None) -> Denoiser:
@@ -66,19 +68,36 @@ def load_denoiser(folder: Path, sha256: str | None = None, weights: Path | None 
     network = build_network(folder)
     path = weights or folder / WEIGHTS
     load_weights(network, read_tensors(path, sha256), path)
-    facts = folder / "denoiser.json"
+    facts = folder / FACTS
     return precondition(network.eval(), read_json(facts), str(facts))
 
 
+def load_checked(folder: Path, manifest: Mapping[str, Any]) -> Denoiser:
+    """The denoiser in ``model/`` below a finished stage's folder, every file of it held against the manifest.
+
+    Raises:
+        UserError: as ``load_denoiser``, or a file is not the one that was written.
+    """
+    for path in (CONFIG, FACTS):
+        check_file(folder, manifest, f"{MODEL}/{path}")
+    return load_denoiser(folder / MODEL, manifest.get("outputs", {}).get(f"{MODEL}/{WEIGHTS}", {}).get("sha256"))
+
+
 def build_network(folder: Path) -> Network:
-    """The network of a saved denoiser, freshly initialised from the global random state."""
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name")
-    if name not in NETWORKS:
-        raise UserError(
-            str(folder / "config.json"), f"got a {name}; expected a network trained by mucs ({', '.join(NETWORKS)})."
-        )
-    network: Network = network_class(name).from_config(config)
+    """The network of a saved denoiser, freshly initialised from the global random state.
+
+    Raises:
+        UserError: its configuration is of no network of ours, or of an impossible one.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    name = config.get("_class_name") if isinstance(config, dict) else config
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise UserError(str(path), f"got a {name}; expected a network trained by mucs ({', '.join(NETWORKS)}).")
+    try:
+        network: Network = network_class(name).from_config(config)
+    except Exception as error:  # whatever layers raise whose sizes are impossible
+        raise UserError(str(path), f"got an impossible {name} ({error}). Restore the file from a copy.") from error
     return network
 
 
@@ -99,6 +118,8 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
             if name not in tensors or tensors[name].shape != parameter.shape:
                 got = "nothing" if name not in tensors else f"shape {tuple(tensors[name].shape)}"
                 raise UserError(str(path), f"got {got} for {name}; expected shape {tuple(parameter.shape)}.")
+            if not tensors[name].isfinite().all():
+                raise UserError(str(path), f"got values in {name} that are not finite. Train or save the model again.")
             parameter.copy_(tensors[name])
     surplus = sorted(set(tensors) - set(own))
     if surplus:

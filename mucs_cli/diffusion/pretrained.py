@@ -13,13 +13,22 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 
-from mucs_cli.artifacts import fingerprint, read_json, read_tensors, sha256_file
-from mucs_cli.diffusion.checkpoint import WEIGHTS, build_network, load_denoiser, load_weights, precondition
+from mucs_cli.artifacts import check_file, fingerprint, read_tensors, sha256_file
+from mucs_cli.diffusion.checkpoint import (
+    MODEL,
+    WEIGHTS,
+    build_network,
+    load_checked,
+    load_denoiser,
+    load_weights,
+    precondition,
+)
 from mucs_cli.diffusion.denoiser import Denoiser, EDMDenoiser
 from mucs_cli.diffusion.latent import LatentCodec
 from mucs_cli.diffusion.pretrained_files import SUPPORTED, find_checkpoint, find_weights, read_config
 from mucs_cli.diffusion.pretrained_networks import PretrainedDiT, PretrainedNetwork, PretrainedUNet, make_ready
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
 from mucs_cli.rng import derive_seed
 
 NETWORK_CLASSES: dict[str, type[PretrainedUNet] | type[PretrainedDiT]] = {
@@ -91,15 +100,17 @@ def load_pretrained(path: Path) -> Pretrained:
 
 def load_own(folder: Path) -> Pretrained:
     """A model trained by mucs, checked against its manifest where that is beside it."""
-    manifest, initial = folder.parent / "manifest.json", folder.parent / "initial.safetensors"
-    outputs = read_json(manifest)["outputs"] if manifest.exists() else {}
-    denoiser = load_denoiser(folder, outputs.get(f"{folder.name}/{WEIGHTS}", {}).get("sha256"))
+    path, initial = folder.parent / "manifest.json", folder.parent / "initial.safetensors"
+    manifest = read_manifest(path) if path.exists() and folder.name == MODEL else {}
+    denoiser = load_checked(folder.parent, manifest) if manifest else load_denoiser(folder)
     network: Any = denoiser.network
     channels, side = network.config.in_channels, network.config.sample_size
 
     def fresh(seed: int) -> Denoiser:
         new = seeded(lambda: build_network(folder), seed)
         if initial.exists():
+            if manifest:
+                check_file(folder.parent, manifest, initial.name)
             load_weights(new, read_tensors(initial), initial)
         return replace(denoiser, network=new.eval())  # type: ignore[type-var]
 
@@ -165,7 +176,7 @@ def load_diffusers(path: Path) -> Pretrained:
 
 def network_class(config: Mapping[str, Any], path: Path) -> type[PretrainedUNet] | type[PretrainedDiT]:
     """Our counterpart of the network's class; raises UserError where there is none."""
-    name = config.get("_class_name")
+    name = str(config.get("_class_name"))
     if config.get("quantization_config") is not None:
         raise UserError(str(path), "got quantized weights; expected float ones. Save the model before quantizing it.")
     if name == "UNet2DConditionModel" or (name == "Transformer2DModel" and config.get("norm_type") != "ada_norm_zero"):
@@ -191,7 +202,9 @@ def load_part(kind: type[Any], folder: Path) -> Any:
             torch_dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # layers meet impossible sizes with errors of many kinds
         reason = str(error).split(". ")[0]  # diffusers goes on with advice on its own arguments
         raise UserError(
             str(folder), f"its weights and config.json do not fit ({reason}). Save the checkpoint again."
@@ -205,6 +218,9 @@ def load_part(kind: type[Any], folder: Path) -> Any:
             raise UserError(
                 str(folder), f"got {said} {sorted(map(str, report[problem]))[0]}. Save the checkpoint again."
             )
+    for name, tensor in part.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(str(folder), f"got values in {name} that are not finite. Save the checkpoint again.")
     return part
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mucs_cli.errors import UserError
 
@@ -103,7 +103,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(str(path), f"cannot be read as JSON ({error}). Save the checkpoint again.") from error
     if not isinstance(value, dict):
         raise UserError(str(path), "got no JSON object; expected a config of diffusers. Save the checkpoint again.")
@@ -146,17 +146,18 @@ def find_weights(folder: Path) -> WeightFiles:
         files = [single]
     else:
         index = folder / f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
-        shards = set(read_config(index).get("weight_map", {}).values())
-        if not shards or not all(isinstance(name, str) and Path(name).name == name for name in shards):
+        weight_map = read_config(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(
                 str(index), "names no weight files, or files outside its folder. Save the checkpoint again."
             )
-        files = [folder / name for name in sorted(shards)]
+        files = [folder / name for name in sorted(set(names))]
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # the library meets damaged headers with errors of many kinds
             raise UserError(
                 str(file), f"is missing, truncated or no safetensors file ({error}). Copy or save the checkpoint again."
             ) from error

@@ -16,6 +16,8 @@ from torch import Tensor
 from mucs_cli import processes
 from mucs_cli.diffusion.augmentation import augment
 from mucs_cli.diffusion.denoiser import Denoiser
+from mucs_cli.diffusion.optimizer_state import load_optimizer_state, optimizer_state
+from mucs_cli.interruption import held_back
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import smaller_batch
 
@@ -80,6 +82,8 @@ class Trainer:
         """Held-out loss of the average after every ``validate_every`` updates."""
         self.best: dict[str, Tensor] = {}
         """The average where that was lowest; empty before the first measurement."""
+        self._own: dict[str, Tensor] = {}
+        """The weights themselves while the average stands in their place."""
 
     @property
     def step(self) -> int:
@@ -111,7 +115,7 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[Denoiser]:
         """The denoiser with the averaged weights, in evaluation mode; afterwards it has its own again."""
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        self._own = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
                 parameter.data = self.average[name]
@@ -119,7 +123,8 @@ class Trainer:
             yield self.denoiser
         finally:
             for name, parameter in self.parameters.items():
-                parameter.data = own[name]
+                parameter.data = self._own[name]
+            self._own = {}
 
     def validate(self, measure: Callable[[Denoiser], float]) -> None:
         """Measures the averaged weights, and keeps a copy where none before were as good.
@@ -133,9 +138,10 @@ class Trainer:
             loss = measure(denoiser)
         if not math.isfinite(loss):
             raise FloatingPointError(f"held-out loss {loss} at step {self.step}")
-        self.validation.append(loss)
-        if self._best_measurement() == len(self.validation) - 1:
-            self.best = {name: tensor.clone() for name, tensor in self.average.items()}
+        with held_back():
+            self.validation.append(loss)
+            if self._best_measurement() == len(self.validation) - 1:
+                self.best = {name: tensor.clone() for name, tensor in self.average.items()}
 
     def update(self, image: Tensor, condition: Tensor | None) -> float:
         """One update on a batch; returns its mean loss.
@@ -167,11 +173,11 @@ class Trainer:
         loss = self._gradient(image, noise, sigma, condition, augmentation)
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {step}")
-        self.optimizer.step()
-        with torch.no_grad():
+        with held_back(), torch.no_grad():
+            self.optimizer.step()
             weight = 1 - ema_decay_at(step, settings.ema_decay)
             torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), weight)
-        self.losses.append(loss)
+            self.losses.append(loss)
         return loss
 
     def _gradient(
@@ -217,18 +223,15 @@ class Trainer:
         return total.item()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next update depends on, as named tensors."""
-        tensors = {
+        """Everything that the next update depends on, as named tensors; whole at any moment between two statements."""
+        return {
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "validation": torch.tensor(self.validation, dtype=torch.float64),
             **{f"best.{name}": tensor for name, tensor in self.best.items()},
+            **{f"average.{name}": tensor for name, tensor in self.average.items()},
+            **optimizer_state(self.parameters, self.optimizer),
+            **{f"weight.{name}": tensor for name, tensor in self._own.items()},
         }
-        for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors[f"average.{name}"] = self.average[name]
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
-        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -237,15 +240,9 @@ class Trainer:
         self.validation = tensors["validation"].tolist()
         if self.validation:
             self.best = {name: tensors[f"best.{name}"].to(self.average[name].device) for name in self.parameters}
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-            self.average[name].copy_(tensors[f"average.{name}"])
-            if self.losses:
-                self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"].to(parameter.device).clone(),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device).clone(),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device).clone(),
-                }
+        for name, average in self.average.items():
+            average.copy_(tensors[f"average.{name}"])
+        load_optimizer_state(self.parameters, self.optimizer, tensors)
 
 
 def train(
@@ -263,8 +260,13 @@ def train(
         measure: the held-out loss of a denoiser; needed with ``validate_every``.
     """
     every = trainer.settings.validate_every
+
+    def measure_if_due() -> None:
+        if every is not None and measure is not None and len(trainer.validation) < trainer.step // every:
+            trainer.validate(measure)
+
+    measure_if_due()  # an interruption came between an update and its measurement
     while not trainer.is_finished:
         loss = trainer.update(*batch(trainer.step))
-        if every is not None and measure is not None and trainer.step % every == 0:
-            trainer.validate(measure)
+        measure_if_due()
         on_step(loss)

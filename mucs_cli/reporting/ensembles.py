@@ -4,7 +4,8 @@ import itertools
 import json
 from dataclasses import dataclass
 
-from mucs_cli.reporting.results import RunResults, read_file
+from mucs_cli.artifacts import read_file
+from mucs_cli.reporting.results import RunResults
 
 MEMBERS = "members.json"
 

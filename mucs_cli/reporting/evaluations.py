@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mucs_cli.artifacts import flatten, is_fingerprint
+from mucs_cli.artifacts import flatten, is_fingerprint, read_file
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.reporting.facts import duration, value_text
-from mucs_cli.reporting.results import RunResults, optional_manifest, read_file
+from mucs_cli.reporting.results import RunResults, optional_manifest
 from mucs_cli.reporting.tables import Cell, Estimate, Table, cell_text, heading
 
 BOUNDS = ("_low", "_high")

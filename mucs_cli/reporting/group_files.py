@@ -1,14 +1,14 @@
 """``groups.csv``: the groups of every query of one variant."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mucs_cli.artifacts import write_text
 from mucs_cli.reporting.groups import GROUP_COLUMNS, Grouping, group_row, group_scores
+from mucs_cli.text import csv_text, inert
 
 
 def write_groups(
@@ -23,11 +23,10 @@ def write_groups(
         query_ids: Q ids, one a row of ``scores``.
         k: how many of a query's highest scores are its top, 1 to N.
     """
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(GROUP_COLUMNS)
+    rows: list[Sequence[Any]] = [GROUP_COLUMNS]
     for query, row in zip(query_ids, scores, strict=True):
         for column, grouping in groupings.items():
-            rows.writerows(group_row(query, column, group) for group in group_scores(row, grouping, k))
-    if not path.exists() or path.read_bytes() != text.getvalue().encode():
-        write_text(path, text.getvalue())
+            rows += [group_row(query, column, group) for group in group_scores(row, grouping, k)]
+    text = csv_text([inert(cell) for cell in row] for row in rows)
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_text(path, text)

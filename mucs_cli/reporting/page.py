@@ -5,11 +5,9 @@ security policy allows data: images and the page's one style sheet, named by its
 """
 
 import base64
-import csv
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from mucs_cli.artifacts import check_file
 from mucs_cli.errors import UserError
 from mucs_cli.methods import METHODS
 from mucs_cli.reporting.comparison import differing_settings, variant_config, variant_view
+from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.reporting.ensembles import ensemble_views
 from mucs_cli.reporting.evaluations import evaluation_views
 from mucs_cli.reporting.facts import duration, fact_tables, identity, run_versions, stage_manifests, value_text
@@ -97,7 +97,7 @@ def render_report(results: RunResults, settings: ReportConfig) -> str:
         group_k=groups.k,
         overall_groups=groups.overall(),
         queries=queries,
-        curve=training_curve(results.run / "train" / "metrics.csv"),
+        curve=training_curve(results),
         tables=fact_tables(results),
         identity=identity(results),
         versions=run_versions(results),
@@ -133,18 +133,19 @@ def headline(results: RunResults, configs: Sequence[dict[str, Any]]) -> list[tup
     return found
 
 
-def training_curve(path: Path) -> Markup | None:
+def training_curve(results: RunResults) -> Markup | None:
     """The plot of ``train/metrics.csv``; None for a model that was not trained here, or too few points for a curve.
 
     Raises:
         UserError: the file is damaged.
     """
-    if not path.exists():
+    path = results.run / "train" / "metrics.csv"
+    if path.name not in results.train.get("outputs", {}):
         return None
+    check_file(path.parent, results.train, path.name)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            points = [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        points = [(float(row["step"]), float(row["loss"])) for row in read_rows(path, "train")]
+    except (ValueError, KeyError) as error:
         raise UserError(
             str(path), f"cannot be read ({error!r}); expected columns step and loss. Rerun mucs train."
         ) from error

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, map_tensor, read_json, read_tensors, require_manifest, sha256_file
+from mucs_cli.artifacts import check_file, fingerprint, map_tensor, read_tensors, require_manifest
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.evaluation.measures.near_duplicates import NearDuplicates, near_duplicates
+from mucs_cli.records import read_manifest
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import generator
 
@@ -184,6 +185,11 @@ class RunResults:
                     f"scores another {what} ({short(scored)}) than this run has ({short(here)}). "
                     "Rerun mucs score with overwrite=true.",
                 )
+        if not np.isfinite(variant.score).all():
+            raise UserError(
+                str(folder / "scores.safetensors"),
+                "has scores that are not finite. Rerun mucs score with overwrite=true.",
+            )
         for what, ids, count in (
             ("image", variant.example_ids.tolist(), len(self.index)),
             ("query", variant.query_ids, len(self.queries)),
@@ -214,6 +220,7 @@ class RunResults:
     def index(self) -> list[dict[str, str]]:
         """Rows of data/index.csv; row i is example_id i."""
         path = self.run / "data" / "index.csv"
+        check_file(path.parent, self.data, path.name)
         rows = read_rows(path, "train")
         if any(row.get("example_id") != str(position) for position, row in enumerate(rows)):
             raise UserError(
@@ -229,10 +236,8 @@ class RunResults:
             UserError: the file is missing, or not the one that the manifest names.
         """
         path = self.run / "data" / "images.safetensors"
-        images = map_tensor(path, "image")
-        if sha256_file(path) != self.data["outputs"][path.name]["sha256"]:
-            raise UserError(str(path), "is not the file its manifest names (SHA-256 differs). Delete it and rerun.")
-        return images
+        check_file(path.parent, self.data, path.name)
+        return map_tensor(path, "image")
 
     @property
     def levels(self) -> int:
@@ -252,8 +257,9 @@ class RunResults:
     def query_rows(self) -> dict[int, dict[str, str]]:
         """Rows of sample/queries.csv by query; none for queries that were not read from a folder."""
         path = self.run / "sample" / "queries.csv"
-        if not path.exists():
+        if path.name not in self.sample.get("outputs", {}):
             return {}
+        check_file(path.parent, self.sample, path.name)
         rows = read_rows(path, "sample")
         if not all(row.get("query", "").isdecimal() and "file" in row for row in rows):
             raise UserError(
@@ -375,26 +381,10 @@ def read_output(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, 
     return read_tensors(folder / name, manifest.get("outputs", {}).get(name, {}).get("sha256"))
 
 
-def read_file(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
-    """One output of a stage that is no tensor file, checked against its manifest's hash.
-
-    Raises:
-        UserError: it is missing, or not the file that was written.
-    """
-    path = folder / name
-    if not path.is_file() or sha256_file(path) != manifest.get("outputs", {}).get(name, {}).get("sha256"):
-        raise UserError(
-            str(path),
-            "is missing or not the file its manifest names (SHA-256 differs). Rerun its stage with overwrite=true.",
-        )
-    return path.read_bytes()
-
-
 def optional_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that a run can do without; empty where there is none."""
     path = folder / "manifest.json"
-    record = read_json(path) if path.exists() else {}
-    return record if isinstance(record, dict) else {}
+    return read_manifest(path) if path.exists() else {}
 
 
 def variant_order(name: str) -> tuple[bool, bool, list[tuple[bool, float, str]]]:

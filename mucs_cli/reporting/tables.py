@@ -1,7 +1,5 @@
 """One table of results as CSV, Markdown, LaTeX and in the terminal."""
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TextIO
@@ -10,6 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from mucs_cli.text import csv_text, inert, printable
 
 DIGITS = 3
 MISSING = "–"
@@ -105,19 +105,17 @@ def leaves_out_zero(low: float | None, high: float | None) -> bool:
 
 
 def to_csv(table: Table) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
     wide = [any(isinstance(row[column], Estimate) for row in table.rows) for column in range(len(table.columns))]
     names: list[str] = []
     for name, is_wide in zip(table.columns, wide, strict=True):
         names += [name, f"{name}_low", f"{name}_high"] if is_wide else [name]
-    rows.writerow(names)
+    rows: list[list[Cell]] = [list(names)]
     for row in table.rows:
         cells: list[Cell] = []
         for cell in row:
             cells += [cell.value, cell.low, cell.high] if isinstance(cell, Estimate) else [cell]
-        rows.writerow(["" if cell is None else f"{cell:.9g}" if isinstance(cell, float) else cell for cell in cells])
-    return text.getvalue()
+        rows.append(["" if cell is None else f"{cell:.9g}" if isinstance(cell, float) else cell for cell in cells])
+    return csv_text([inert(cell) for cell in row] for row in rows)
 
 
 def to_markdown(table: Table) -> str:
@@ -153,17 +151,19 @@ def to_latex(table: Table) -> str:
 
 def print_table(table: Table, stream: TextIO) -> None:
     """Prints it: in full where the output is no terminal; on one, cells break at spaces and no name disappears."""
-    title = Text(title_with_marks(table, IN_TERMINAL))
+    title = Text(printable(title_with_marks(table, IN_TERMINAL)))
     shown = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(table.columns):
         is_text = table.is_text(column)
         word = max((len(word) for row in table.rows for word in cell_text(row[column]).split()), default=0)
         least = min(word, NAME_WIDTH) if is_text else word
-        shown.add_column(heading(name), justify="left" if is_text else "right", overflow="fold", min_width=least)
+        shown.add_column(
+            Text(printable(heading(name))), justify="left" if is_text else "right", overflow="fold", min_width=least
+        )
     for row in table.rows:
         marks = [mark_of(cell) for cell in row]
         texts = [IN_TERMINAL[mark].format(cell_text(cell)) for mark, cell in zip(marks, row, strict=True)]
-        shown.add_row(*(Text(text, TERMINAL_STYLES[mark]) for mark, text in zip(marks, texts, strict=True)))
+        shown.add_row(*(Text(printable(text), TERMINAL_STYLES[mark]) for mark, text in zip(marks, texts, strict=True)))
     width = None if stream.isatty() else max(PIPE_WIDTH, Console(width=UNLIMITED).measure(shown).maximum)
     Console(file=stream, highlight=False, width=width).print(shown)
 

@@ -1,6 +1,5 @@
 """Rankings and groups in the terminal, as JSON and as CSV."""
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.text import Text
 from mucs_cli.reporting.group_views import share_text
 from mucs_cli.reporting.groups import GROUP_COLUMNS, GroupScore, group_row
 from mucs_cli.reporting.results import Ranked, RunResults, score_text
+from mucs_cli.text import csv_text, inert, printable
 
 Rankings = dict[int, list[Ranked]]
 """Query -> its ranked training images."""
@@ -31,11 +31,6 @@ class Described:
 
 def describe(results: RunResults, queries: Iterable[int]) -> dict[int, Described]:
     return {query: Described(results.query_file(query), results.query_metadata(query)) for query in queries}
-
-
-def printable(text: str) -> str:
-    """File names and labels come from outside: what could steer the terminal is spelled out instead."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def query_title(query: int, described: Described) -> Text:
@@ -150,16 +145,20 @@ def query_facts(query: int, described: Described) -> dict[str, Any]:
 
 def print_groups_csv(groups: Groups, column: str, stream: TextIO) -> None:
     """A row for each query and group, after a header; the columns of ``groups.csv``."""
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(GROUP_COLUMNS)
-    writer.writerows(group_row(query, column, group) for query, found in groups.items() for group in found)
+    rows = (group_row(query, column, group) for query, found in groups.items() for group in found)
+    write_rows([GROUP_COLUMNS, *rows], stream)
 
 
 def print_csv(rankings: Rankings, metadata: Sequence[str], stream: TextIO) -> None:
     """A row for each image, after a header; the columns of ``top.csv``, ``exact_copy``, then the data's metadata."""
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["query", "rank", "example_id", "file", "score", "exact_copy", *metadata])
-    writer.writerows(csv_rows(rankings, metadata))
+    header = ["query", "rank", "example_id", "file", "score", "exact_copy", *metadata]
+    write_rows([header, *csv_rows(rankings, metadata)], stream)
+
+
+def write_rows(rows: Iterable[Sequence[Any]], stream: TextIO) -> None:
+    """CSV that a spreadsheet does not compute; on a terminal, nothing in it steers that."""
+    text = csv_text([inert(cell) for cell in row] for row in rows)
+    stream.write(printable(text) if stream.isatty() else text)
 
 
 def csv_rows(rankings: Rankings, metadata: Sequence[str]) -> Iterable[list[Any]]:

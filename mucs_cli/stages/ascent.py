@@ -37,6 +37,7 @@ class Ascent(Unlearner):
             self.on_step,
             preconditioner=self.preconditioner(),
             micro_batch_key="method.micro_batch_size",
+            checkpoints=self.checkpoints,
         )
 
     def preconditioner(self) -> Mapping[str, Tensor] | None:

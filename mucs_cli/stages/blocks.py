@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor, require_manifest, sha256_file
+from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.runtime import REHEARSED_SECONDS, Progress, is_out_of_memory, log
+from mucs_cli.runtime import REHEARSED_SECONDS, Progress, is_out_of_memory
 
 Arrays = dict[str, np.memmap]
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
                                 if not work.tells_progress or block is not chosen[0]:
                                     progress.advance(work.cost(block, part))
             if file is not None:
-                file.finish()
+                file.finish(keep_journal=True)
             return
         except RuntimeError as error:
             work.shrink(error)
@@ -158,17 +158,7 @@ def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.ndarray | 
         name: of the tensor.
         inputs: all that it depends on; JSON values.
     """
-    return map_tensor(path, name) if processes.on_first(lambda: is_kept(path, inputs)) else None
-
-
-def is_kept(path: Path, inputs: Mapping[str, Any]) -> bool:
-    """Whether the file is there, as it was left; arguments as in ``find_kept``."""
-    if not (shared_stage(path, inputs).is_done() and path.exists()):
-        return False
-    if sha256_file(path) == require_manifest(path.parent, "score")["outputs"][path.name]["sha256"]:
-        return True
-    log.warning("%s is damaged; computing it again", path)
-    return False
+    return map_tensor(path, name) if shared_stage(path, inputs).is_done(claim=False) else None
 
 
 def kept_tensor(
@@ -176,20 +166,20 @@ def kept_tensor(
 ) -> np.ndarray:
     """A tensor over all training images, memory-mapped: as it was left, or computed and left for other variants.
 
+    Where another process is computing it, for another variant perhaps, it is waited for.
+
     Args:
         path, name, inputs: as in ``find_kept``.
         work: what computes it.
         facts: what else its manifest is to record.
     """
-    found = find_kept(path, name, inputs)
-    if found is not None:
-        return found
     stage = shared_stage(path, inputs)
-    stage.begin()
-    fill_file(path, fingerprint(inputs), work)
-    stage.finish({"counts": {"training_images": work.tensors[name][1][0]}, **(facts or {})}, [path])
+    if not stage.is_done():
+        stage.begin()
+        fill_file(path, fingerprint(inputs), work)
+        stage.finish({"counts": {"images": work.tensors[name][1][0]}, **(facts or {})}, [path])
     return map_tensor(path, name)
 
 
 def shared_stage(path: Path, inputs: Mapping[str, Any]) -> Stage:
-    return Stage(path.parent, "score", {"config": {}, "inputs": dict(inputs)})
+    return Stage(path.parent, "score", {"config": {}, "inputs": dict(inputs)}, replace=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
@@ -22,15 +22,18 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from mucs_cli.composition import compose
 from mucs_cli.config import (
     COMMANDS,
+    SECTION_SCHEMAS,
     VARIANT_SECTIONS,
     PipelineConfig,
     is_section,
     result_config,
     schema_of,
+    sections_of,
     validate,
 )
 from mucs_cli.errors import UserError
 from mucs_cli.methods import METHODS
+from mucs_cli.records import read_manifest, read_record
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from mucs_cli.artifacts import Stage
     from mucs_cli.methods.base import Method
 
-PER_COMMAND = ("run", "device", "overwrite", "stages", "plan")
+PER_COMMAND = ("run", "device", "overwrite", "tracker", "stages", "plan")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
 MAY_BE_NAMES = (
     "data.text_encoder",
@@ -48,6 +51,8 @@ MAY_BE_NAMES = (
     "evaluation.dino_path",
 )
 """Keys that name a file or folder, or one on a hub or in another folder."""
+RENAMED = {"training.checkpoint_every_seconds": "checkpoint.every_seconds"}
+"""Keys that runs of earlier versions have recorded, and what they are called now; none changes a result."""
 PATHS = (
     "data.path",
     "model.path",
@@ -103,7 +108,7 @@ class Context:
         stages = composed["stages"] if command == "run" else [command]
         path = run / "run.json"
         if path.exists():
-            record = read_record(path)
+            record = read_run_record(path)
         elif command in ("train", "run") or composed["model"]["name"] == "pretrained":
             record = {"experiment": chosen_experiment(), "config": base_values(command, composed, overrides, cwd)}
         else:
@@ -196,6 +201,7 @@ class Context:
         queries: Mapping[int, str] | None = None,
         may_grow: tuple[str, ...] = (),
         scores_only: bool = True,
+        file_of: Callable[[int], str] | None = None,
     ) -> "Stage":
         """The stage that fills ``folder``; when it begins, run.json is written first.
 
@@ -204,23 +210,25 @@ class Context:
             command: the command that fills it.
             sections: whose result-affecting values are part of its identity.
             inputs: fingerprints of what it reads.
-            queries, may_grow: see ``Stage``.
+            queries, may_grow, file_of: see ``Stage``.
             scores_only: whether keys that change scores only are part of its identity.
         """
         from mucs_cli.artifacts import Stage  # torch takes seconds to import; `mucs status` does without
 
         config = {section: result_config(getattr(self.config, section), scores_only) for section in sections}
         identity = {"config": config, "inputs": dict(inputs or {})}
-        return Stage(folder, command, identity, self.config.overwrite, self.write_record, queries, may_grow)
+        overwrite = self.config.overwrite
+        return Stage(folder, command, identity, overwrite, self.write_record, queries, may_grow, file_of=file_of)
 
     def write_record(self) -> None:
         """Writes run.json where it is missing or says something else of the sections this command decides."""
-        from mucs_cli.artifacts import FORMAT_VERSION, write_json
+        from mucs_cli.artifacts import write_record
+        from mucs_cli.records import FORMAT_VERSION
 
         record = {"format_version": FORMAT_VERSION, **self.record}
         path = self.run / "run.json"
-        if self.record and (not path.exists() or read_record(path) != record):
-            write_json(path, record)
+        if self.record and (not path.exists() or read_run_record(path) != record):
+            write_record(path, record)
 
 
 # --- values of a configuration: nested plain dicts, interpolations unresolved ----------------------------------------
@@ -341,18 +349,33 @@ def defaults_of(schema: type) -> dict[str, Any]:
     }
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """run.json of an existing run."""
-    from mucs_cli.artifacts import FORMAT_VERSION, read_json
+def read_run_record(path: Path) -> dict[str, Any]:
+    """run.json of an existing run.
 
-    record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    Raises:
+        UserError: it is damaged, or a section of it is of no kind that there is.
+    """
+    record = read_record(path)
+    config = record.get("config")
+    if not isinstance(config, dict):
         raise UserError(str(path), "got no configuration; expected the file that `mucs train` wrote. Use another run=.")
-    if record.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(
-            str(path), f"got file format {record['format_version']}; expected at most {FORMAT_VERSION}. Update mucs."
-        )
+    rename_keys(config)
+    for section in set(config) & set(sections_of(PipelineConfig)):
+        values, kinds = config[section], SECTION_SCHEMAS.get(section)
+        if not isinstance(values, dict) or (kinds and values.get("name") not in list(kinds)):
+            expected = f"a section of the kind {' or '.join(kinds)}" if kinds else "a section of keys"
+            raise UserError(
+                str(path), f"got another {section} than mucs writes; expected {expected}. Use another run=."
+            )
     return record
+
+
+def rename_keys(config: dict[str, Any]) -> None:
+    """Gives recorded keys their present names, in place."""
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if key in config.get(section, {}):
+            config.setdefault(new_section, {}).setdefault(new_key, config[section].pop(key))
 
 
 def chosen_experiment() -> str | None:
@@ -373,13 +396,11 @@ def refuse_typed(typed: Iterable[str], sections: tuple[str, ...], where: str) ->
 
 def finished_sections(run: Path, stages: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Section -> the finished stage, other than ``stages``, that decided it, and the values its manifest records."""
-    from mucs_cli.artifacts import read_json
-
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for stage, command in COMMANDS.items():
         path = run / stage / "manifest.json"
         if command.owns and stage not in stages and path.exists():
-            config = read_json(path).get("config", {})
+            config = read_manifest(path).get("config", {})
             found |= {section: (stage, config[section]) for section in command.owns if section in config}
     return found
 

@@ -1,14 +1,17 @@
 """The latents of the training images: encoded once a run, kept beside the decoded pictures."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import BlockFile, fingerprint, map_tensor
-from mucs_cli.attribution.scoring import GRANULE, blocks_of
+from mucs_cli.artifacts import fingerprint
+from mucs_cli.attribution.scoring import GRANULE, Block, blocks_of
 from mucs_cli.data.images import ImageDataset, LatentDataset
-from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
+from mucs_cli.errors import UserError
+from mucs_cli.runtime import Progress
+from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
 from mucs_cli.stages.context import Context
 
 if TYPE_CHECKING:
@@ -16,6 +19,46 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = GRANULE
 """Pictures encoded, or decoded, at once; fixed, so that an interrupted encoding goes on to the same bits."""
+
+
+class Latents(BlockWork):
+    """The latents of all pictures, float32 [N, c, h, w].
+
+    Args:
+        pixels: the pictures.
+        codec: on ``device``.
+        device: where to encode.
+    """
+
+    title = "encode images"
+    unit = "images"
+    passes = ((0,),)
+
+    def __init__(self, pixels: ImageDataset, codec: "LatentCodec", device: torch.device):
+        self.pixels, self.codec, self.device = pixels, codec, device
+        shape = (codec.latent_channels, pixels.height // codec.factor, pixels.width // codec.factor)
+        self.tensors = {"latent": ("float32", (len(pixels), *shape))}
+
+    def blocks(self) -> list[Block]:
+        return blocks_of(len(self.pixels), BATCH_SIZE)
+
+    def cost(self, block: Block, part: Sequence[int]) -> int:
+        return len(block)
+
+    def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
+        latent = self.codec.encode(self.pixels.images(block.rows()).to(self.device)).cpu()[: len(block)]
+        finite = latent.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            example = block.start + int((~finite).nonzero()[0])
+            raise UserError(
+                f"example {example} ({self.pixels.file[example]})",
+                "got a latent that is not finite from the model's autoencoder. Check the image, or use an autoencoder "
+                "that works in float32.",
+            )
+        return latent
+
+    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
+        arrays["latent"][block.start : block.stop] = computed.numpy()
 
 
 def encode_dataset(
@@ -29,29 +72,13 @@ def encode_dataset(
         codec: on ``device``.
         model_print: fingerprint of the model, its autoencoder included.
         device: where to encode.
+    Raises:
+        UserError: a latent is not finite.
     """
     inputs = {"dataset": pixels.fingerprint, "model": model_print}
-    folder = context.folder("data", "latents", fingerprint(inputs)[:16])
-    stage = context.stage(folder, "sample", inputs=inputs)
-    path = folder / "latents.safetensors"
-    shape = (codec.latent_channels, pixels.height // codec.factor, pixels.width // codec.factor)
-    if not (stage.is_done() and path.exists()):
-        stage.begin()
-        file = BlockFile(path, {"latent": ("float32", (len(pixels), *shape))}, fingerprint(inputs))
-        blocks = blocks_of(len(pixels), BATCH_SIZE)
-        done = sum(len(b) for b in blocks if b.index in file.done)
-        with Progress("encode images", len(pixels), "images", done, REHEARSED_SECONDS) as progress:
-            for block in blocks:
-                if block.index in file.done:
-                    continue
-                latent = codec.encode(pixels.images(block.rows()).to(device)).cpu()
-                file.arrays["latent"][block.start : block.stop] = latent[: len(block)].numpy()
-                file.commit(block.index)
-                progress.advance(len(block))
-        file.finish()
-        stage.finish({"device": str(device), "counts": {"images": len(pixels)}}, [path])
-        log.info("data: %d images encoded, latents in %s", len(pixels), folder)
-    return LatentDataset.of(pixels, map_tensor(path, "latent"))
+    path = context.folder("data", "latents", fingerprint(inputs)[:16], "latents.safetensors")
+    latent = kept_tensor(path, "latent", inputs, Latents(pixels, codec, device), {"device": str(device)})
+    return LatentDataset.of(pixels, latent)
 
 
 def encode(codec: "LatentCodec", picture: Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import fingerprint, write_tensors
+from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.scoring import (
     GRANULE,
     Block,
@@ -26,7 +27,7 @@ from mucs_cli.runtime import Progress, log, matmul_precision, smaller_batch
 from mucs_cli.schemas import NoiseBankConfig
 from mucs_cli.stages.blocks import Arrays, BlockWork, find_kept, kept_tensor
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.loading import Inputs, machine_facts, save_machine_facts
+from mucs_cli.stages.loading import Inputs, fixed_fact, save_fact
 from mucs_cli.stages.work import Work
 
 BASE_MODEL = -1
@@ -137,7 +138,7 @@ class Engine:
     def shrink(self, error: RuntimeError) -> None:
         """A smaller block after running out of memory; any other error is raised again."""
         self.block_size = smaller_batch(error, self.block_size, "score.batch_size", GRANULE)
-        self._remember_block_size()
+        save_fact(self.context.run, "score_block_size", self.block_size, self._key())
 
     def refuse_image(self, row: int) -> NoReturn:
         """Raises UserError: the base model's loss on a training row is not finite."""
@@ -156,25 +157,20 @@ class Engine:
         given = self.context.config.score.batch_size
         if given is not None:
             return int(given)
-        known = machine_facts(self.context.run).get("score_block_size", {}).get(self._key())
-        if known is not None:
-            return int(known)
-        rows = torch.arange(min(self.num_images, 256))
-        image, condition = self.load(rows)
-        with matmul_precision(self.device, self.precision):
-            self.block_size = choose_block_size(self.denoiser, image, condition, self.bank, self.num_images)
-        log.info("score: %d images a forward pass (measured; kept in machine.json)", self.block_size)
-        self._remember_block_size()
-        return self.block_size
+
+        def measure() -> int:
+            rows = torch.arange(min(self.num_images, 256))
+            image, condition = self.load(rows)
+            with matmul_precision(self.device, self.precision):
+                size = choose_block_size(self.denoiser, image, condition, self.bank, self.num_images)
+            log.info("score: %d images a forward pass (measured; kept in machine.json)", size)
+            return size
+
+        return fixed_fact(self.context.run, "score_block_size", measure, self._key())
 
     def _key(self) -> str:
         precision = "" if self.precision == "float32" else f"/{self.precision}"
         return f"{self.device.type}/{self.num_images}{precision}"
-
-    def _remember_block_size(self) -> None:
-        facts = machine_facts(self.context.run)
-        sizes = {**facts.get("score_block_size", {}), self._key(): self.block_size}
-        save_machine_facts(self.context.run, {**facts, "score_block_size": sizes})
 
 
 def prepare_bank(context: Context, config: NoiseBankConfig, inputs: Inputs) -> tuple[NoiseBank, str]:
@@ -198,9 +194,23 @@ def prepare_bank(context: Context, config: NoiseBankConfig, inputs: Inputs) -> t
     )
     bank_print = fingerprint(bank.sigma, bank.noise)
     path = context.folder("noise_bank", f"{bank_print[:16]}.safetensors")
-    if not path.exists():
+    if not holds_bank(path, bank_print):
         write_tensors(path, {"sigma": bank.sigma, "noise": bank.noise})
     return bank, bank_print
+
+
+def holds_bank(path: Path, bank_print: str) -> bool:
+    """Whether a file is there and holds the bank of that fingerprint, whole."""
+    if not path.exists():
+        return False
+    try:
+        found = read_tensors(path)
+        if fingerprint(found["sigma"], found["noise"]) == bank_print:
+            return True
+    except (UserError, KeyError):
+        pass
+    log.warning("%s is damaged; drawing it again", path)
+    return False
 
 
 class ModelLosses(BlockWork):

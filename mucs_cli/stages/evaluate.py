@@ -1,16 +1,18 @@
 """``mucs evaluate``: judges and compares finished scores, by the evaluation that the configuration names."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, first_difference, read_json, write_json, write_text
+from mucs_cli.artifacts import Stage, first_difference, read_file, require_manifest, write_json, write_text
 from mucs_cli.evaluation import EVALUATIONS
+from mucs_cli.records import read_manifest
 from mucs_cli.rehearsal import StagePlan
 from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
-from mucs_cli.runtime import log
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import RESULTS, Evaluator, RetrainingEvaluator
 
@@ -29,30 +31,33 @@ def run(context: Context) -> None:
     folder = context.folder("evaluate", evaluation.name)
     stage = context.stage(folder, "evaluate", sections=evaluation.sections, inputs=evaluator.inputs)
     redo_for_new_inputs(stage)
-    if processes.on_first(lambda: is_done(stage)):
+    if stage.is_done(claim=False):
         log.info("evaluate: up to date (%s)", folder)
     else:
-        stage.begin()
-        if isinstance(evaluator, RetrainingEvaluator):
-            evaluator.models.train(evaluator.retrainings())
-            if context.config.evaluation.worker is not None:
-                log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
-                return
-        facts = {"processes": processes.count()}
-        processes.on_first(lambda: finish(evaluator, stage, facts))
+        if isinstance(evaluator, RetrainingEvaluator):  # before the folder is claimed: workers train side by side
+            with stage_log(folder):
+                evaluator.models.train(evaluator.retrainings())
+                if context.config.evaluation.worker is not None:
+                    log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
+                    return
+        if not stage.is_done():
+            stage.begin()
+            facts = {"processes": processes.count()}
+            with stage_log(folder):
+                processes.on_first(lambda: finish(evaluator, stage, facts))
         log.info("evaluate: results in %s", folder)
-    processes.on_first(lambda: print_table(evaluator.table(read_json(folder / RESULTS)), sys.stdout))
-
-
-def is_done(stage: Stage) -> bool:
-    """Whether the results are there, as they would be now, with all their files."""
-    path = stage.folder / "manifest.json"
-    return stage.is_done() and all((stage.folder / name).exists() for name in read_json(path)["outputs"])
+    processes.on_first(lambda: print_results(evaluator, folder))
 
 
 def finish(evaluator: Evaluator, stage: Stage, facts: dict[str, Any]) -> None:
     """Evaluates, and writes the results and the manifest, with more facts beside the evaluator's."""
     stage.finish({**evaluator.facts(), **facts}, write_results(evaluator, evaluator.evaluate(), stage.folder))
+
+
+def print_results(evaluator: Evaluator, folder: Path) -> None:
+    """The table of the finished results."""
+    results = json.loads(read_file(folder, require_manifest(folder, "evaluate"), RESULTS))
+    print_table(evaluator.table(results), sys.stdout)
 
 
 def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -> list[Path]:
@@ -77,10 +82,13 @@ def plan(context: Context) -> StagePlan:
 
 
 def redo_for_new_inputs(stage: Stage) -> None:
-    """Lets the stage replace results of the same configuration: scores that were added or redone ask for new ones."""
+    """Lets the stage replace results of the same configuration: scores that were added or redone ask for new ones.
+
+    Where a file of the results is gone or damaged, they are made again as well: what takes long is kept elsewhere.
+    """
     for name in ("manifest.json", "state.json"):
         path = stage.folder / name
         if path.exists():
-            recorded = read_json(path).get("config", {})
-            stage.overwrite |= first_difference(stage.identity["config"], recorded) is None
+            recorded = read_manifest(path).get("config", {})
+            stage.replace = first_difference(stage.identity["config"], recorded) is None
             return

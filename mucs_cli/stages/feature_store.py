@@ -15,18 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import (
-    fingerprint,
-    read_json,
-    read_tensors,
-    sha256_file,
-    write_json,
-    write_tensors,
-)
+from mucs_cli.artifacts import fingerprint, read_tensors, sha256_file, write_record, write_tensors
 from mucs_cli.attribution.gradient_features import features, make_output, noise_errors
 from mucs_cli.attribution.scoring import Block, blocks_of, fitted_block_size
 from mucs_cli.errors import UserError
+from mucs_cli.locks import locked
 from mucs_cli.methods.gradient_base import GradientConfig
+from mucs_cli.records import read_record
 from mucs_cli.runtime import Progress, log, smaller_batch
 from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
 from mucs_cli.stages.feature_settings import (
@@ -35,7 +30,7 @@ from mucs_cli.stages.feature_settings import (
     make_projection,
     projection_facts,
 )
-from mucs_cli.stages.loading import machine_facts, save_machine_facts
+from mucs_cli.stages.loading import fixed_fact, save_fact
 from mucs_cli.stages.unlearner import choose_trainable
 from mucs_cli.stages.work import Work
 
@@ -143,26 +138,20 @@ class FeatureStore:
     def shrink(self, error: RuntimeError) -> None:
         """A smaller block after running out of memory; any other error is raised again."""
         self.block_size = smaller_batch(error, self.block_size, "method.micro_batch_size")
-        self._remember_block_size(self.block_size)
+        save_fact(self.work.context.run, "feature_block_size", self.block_size, self._key())
 
     @cached_property
     def block_size(self) -> int:
         """Training images a block: the run's earlier choice, else by the memory budget, and then stored in the run."""
-        known = machine_facts(self.work.context.run).get("feature_block_size", {}).get(self._key())
-        if known is not None:
-            return int(known)
-        budget = self.work.config.score.memory_budget * 2**30
-        size = choose_block_size(budget, self.num_parameters, self.num_images, self.projection.kind)
-        self._remember_block_size(size)
-        return size
+
+        def choose() -> int:
+            budget = self.work.config.score.memory_budget * 2**30
+            return choose_block_size(budget, self.num_parameters, self.num_images, self.projection.kind)
+
+        return fixed_fact(self.work.context.run, "feature_block_size", choose, self._key())
 
     def _key(self) -> str:
         return f"{self.device.type}/{self.num_images}/{self.num_parameters}/{self.projection.kind}"
-
-    def _remember_block_size(self, size: int) -> None:
-        facts = machine_facts(self.work.context.run)
-        sizes = {**facts.get("feature_block_size", {}), self._key(): size}
-        save_machine_facts(self.work.context.run, {**facts, "feature_block_size": sizes})
 
     # --- of the queries -----------------------------------------------------------------------------------------
 
@@ -218,8 +207,8 @@ class FeatureStore:
 
     def _read_query(self, query: int) -> Tensor | None:
         """A query's feature if it is there as it was written."""
-        path, record = self._query_path(query), self.folder / "queries.json"
-        known = read_json(record).get(path.name) if record.exists() else None
+        path = self._query_path(query)
+        known = self._known_queries().get(path.name)
         if known is None or not path.is_file():
             return None
         if sha256_file(path) != known:
@@ -230,8 +219,14 @@ class FeatureStore:
     def _write_query(self, query: int, feature: Tensor) -> None:
         path, record = self._query_path(query), self.folder / "queries.json"
         write_tensors(path, {"feature": feature})
-        known = read_json(record) if record.exists() else {}
-        write_json(record, known | {path.name: sha256_file(path)})
+        with locked(record):
+            known = self._known_queries()
+            write_record(record, known | {path.name: sha256_file(path)})
+
+    def _known_queries(self) -> dict[str, Any]:
+        """Name of a query's file -> its hash."""
+        record = self.folder / "queries.json"
+        return read_record(record) if record.exists() else {}
 
 
 # --- what fills the files --------------------------------------------------------------------------------------------

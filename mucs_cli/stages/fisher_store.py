@@ -4,16 +4,15 @@ import time
 
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, sha256_file, write_tensors
+from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.errors import UserError
+from mucs_cli.interruption import held_back, saving
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log, smaller_batch
 from mucs_cli.stages.work import Work
 
 BATCH_SIZE = 16
 """Images whose gradients are in memory at once; it decides nothing but speed."""
-SAVED_EVERY = 60.0
-"""Seconds between saved states."""
 
 
 def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: bool) -> dict[str, Tensor]:
@@ -31,27 +30,31 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
     inputs = {"dataset": data.fingerprint, "model": model.fingerprint, "parameters": fingerprint(names)}
     config = {"seed": seed, "num_passes": num_passes, "flip": flip}
     folder = work.context.folder("unlearn", "_fisher", fingerprint(inputs, config)[:16])
-    stage = Stage(folder, "unlearn", {"config": config, "inputs": inputs})
+    stage = Stage(folder, "unlearn", {"config": config, "inputs": inputs}, replace=True)
     path, state = folder / "fisher.safetensors", folder / "state.safetensors"
-    if stage.is_done() and path.exists():
-        if sha256_file(path) == require_manifest(folder, "unlearn")["outputs"][path.name]["sha256"]:
-            return read_tensors(path)
-        log.warning("%s is damaged; computing it again", path)
+    if stage.is_done():
+        return read_tensors(path)
     stage.begin()
     fisher = DiagonalFisher(model.denoiser, names, seed, flip)
     if state.exists():
         fisher.load_state(read_tensors(state))
     visits, size, saved = (2 if flip else 1), BATCH_SIZE, time.monotonic()
     done, total = fisher.num_visits // visits, num_passes * work.num_images
-    with Progress("Fisher information", total, "images", done, REHEARSED_SECONDS) as progress:
+
+    def save() -> None:
+        write_tensors(state, fisher.state())
+
+    with saving(save), Progress("Fisher information", total, "images", done, REHEARSED_SECONDS) as progress:
         while done < total:
             pass_index, start = divmod(done, work.num_images)
             ids = data.training[start : start + size]
             image = data.images(ids).to(work.inputs.device)
             condition = data.conditions(ids) if work.is_conditional else None
+            condition = None if condition is None else condition.to(image.device)
             before = fisher.num_visits
             try:
-                fisher.add(image, None if condition is None else condition.to(image.device), ids.tolist(), pass_index)
+                with held_back():
+                    fisher.add(image, condition, ids.tolist(), pass_index)
             except FloatingPointError as error:
                 raise UserError("method", f"got abu; {error}. Train the model longer, or check the images.") from error
             except RuntimeError as error:
@@ -61,8 +64,8 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
                 continue
             done += len(ids)
             progress.advance(len(ids))
-            if time.monotonic() - saved > SAVED_EVERY:
-                write_tensors(state, fisher.state())
+            if time.monotonic() - saved > work.config.checkpoint.every_seconds:
+                save()
                 saved = time.monotonic()
     found = {name: value.cpu() for name, value in fisher.diagonal().items()}
     write_tensors(path, found)

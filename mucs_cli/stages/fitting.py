@@ -1,7 +1,5 @@
 """Training a model on images of the run, resumably: what ``mucs train`` and every retraining have in common."""
 
-import csv
-import io
 import math
 import time
 from collections.abc import Callable
@@ -12,14 +10,17 @@ import numpy as np
 import torch
 
 from mucs_cli import processes
-from mucs_cli.artifacts import read_tensors, write_tensors, write_text
+from mucs_cli.artifacts import write_text
 from mucs_cli.data.dataset import ImageDataset
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.training import Trainer, TrainingSettings, learning_rate_at, train
 from mucs_cli.errors import UserError
+from mucs_cli.interruption import saving
 from mucs_cli.rng import ShuffledOrder, generator
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log
 from mucs_cli.schemas import TrainingConfig
+from mucs_cli.stages.checkpoints import read_checkpoint, write_checkpoint
+from mucs_cli.text import csv_text
 
 METRIC_ROWS = 500
 
@@ -29,7 +30,7 @@ def fit(
     data: ImageDataset,
     ids: np.ndarray,
     folder: Path,
-    config: TrainingConfig,
+    checkpoint_seconds: float,
     device: torch.device,
     title: str = "train",
     in_batches_of: np.ndarray | None = None,
@@ -43,7 +44,7 @@ def fit(
         data: the run's.
         ids: example ids of the images to train on; sorted, int64 [n].
         folder: gets ``checkpoint/`` while it trains, then ``metrics.csv`` and, if measured, ``validation.csv``.
-        config: for messages, and how often to save.
+        checkpoint_seconds: time between saved states.
         device: where to compute.
         title: of the progress.
         in_batches_of: see ``batch_ids``.
@@ -67,11 +68,16 @@ def fit(
             condition = data.conditions(chosen, choice)
         return data.images(chosen).to(device), None if condition is None else condition.to(device)
 
+    def save() -> None:
+        if processes.is_first():
+            write_checkpoint(folder / "checkpoint", trainer.step, trainer.state())
+
     last_saved = time.monotonic()
     started, first = last_saved, trainer.step
     measure_loss, every = held_out_loss(data, settings, device), settings.validate_every
     measurements = 0 if every is None else settings.num_steps // every - trainer.step // every
-    with Progress(title, settings.num_steps, "steps", trainer.step, REHEARSED_SECONDS, setups=measurements) as progress:
+    done = trainer.step
+    with saving(save), Progress(title, settings.num_steps, "steps", done, REHEARSED_SECONDS, measurements) as progress:
 
         def measure(denoiser: Denoiser) -> float:
             assert measure_loss is not None
@@ -80,10 +86,10 @@ def fit(
 
         def on_step(loss: float) -> None:
             nonlocal last_saved
-            note = f", held-out {trainer.validation[-1]:.3f}" if trainer.validation else ""
-            progress.advance(note=f"loss {loss:.3f}{note}")
-            if processes.is_first() and time.monotonic() - last_saved > config.checkpoint_every_seconds:
-                save_checkpoint(trainer, folder / "checkpoint")
+            held_out = {"held_out_loss": trainer.validation[-1]} if trainer.validation else {}
+            progress.advance(numbers={"loss": loss, **held_out})
+            if time.monotonic() - last_saved > checkpoint_seconds:
+                save()
                 last_saved = time.monotonic()
 
         try:
@@ -168,37 +174,24 @@ def files_of(folder: Path) -> list[Path]:
     return [path for name in ("metrics.csv", "validation.csv") if (path := folder / name).exists()]
 
 
-def save_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Writes the state after the current step; the last two stay."""
-    write_tensors(folder / f"step_{trainer.step:09d}.safetensors", trainer.state())
-    for old in sorted(folder.glob("step_*.safetensors"))[:-2]:
-        old.unlink()
-
-
 def resume(trainer: Trainer, folder: Path, title: str) -> None:
     """Loads the newest readable checkpoint, if there is one."""
-    for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
-        try:
-            trainer.load_state(read_tensors(path))
-        except UserError as error:
-            log.warning("%s; trying the one before", error)
-            continue
-        log.info("%s: going on from step %d (%s)", title, trainer.step, path)
-        return
+    tensors = read_checkpoint(folder)
+    if tensors:
+        trainer.load_state(tensors)
+        log.info("%s: going on from step %d (%s)", title, trainer.step, folder)
 
 
 def write_metrics(trainer: Trainer, path: Path) -> None:
     """``step,loss,learning_rate``: mean losses over windows of steps, about 500 rows."""
     settings, losses = trainer.settings, trainer.losses
     window = max(1, math.ceil(len(losses) / METRIC_ROWS))
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["step", "loss", "learning_rate"])
+    rows: list[list[Any]] = [["step", "loss", "learning_rate"]]
     for start in range(0, len(losses), window):
         part = losses[start : start + window]
         last = start + len(part)
-        rows.writerow([last, f"{math.fsum(part) / len(part):.6g}", f"{learning_rate_at(last - 1, settings):.6g}"])
-    write_text(path, text.getvalue())
+        rows.append([last, f"{math.fsum(part) / len(part):.6g}", f"{learning_rate_at(last - 1, settings):.6g}"])
+    write_text(path, csv_text(rows))
 
 
 def write_validation(trainer: Trainer, path: Path) -> None:

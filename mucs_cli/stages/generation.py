@@ -1,8 +1,11 @@
 """Generating queries with the base model: their conditions, and the sampler in batches that fit into memory."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.sampler import sample
@@ -46,8 +49,17 @@ def query_conditions(model: BaseModel, data: ImageDataset, config: SampledQuerie
     return torch.tensor([classes[i % len(classes)] for i in range(count)])
 
 
-def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None) -> Tensor:
-    """Samples one image a seed; [Q, C, H, W], float32, on the CPU; clipped to [-1, 1] unless they are latents."""
+def generate(
+    context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None, folder: Path | None = None
+) -> Tensor:
+    """Samples one image a seed; [Q, C, H, W], float32, on the CPU; clipped to [-1, 1] unless they are latents.
+
+    Args:
+        context, inputs: sampler and model.
+        seeds: [Q].
+        condition: of every image, or None.
+        folder: keeps finished batches, where there are several; an attempt that was interrupted left some.
+    """
     settings, model, device = context.config.sampler, inputs.model, inputs.device
     shape = (inputs.data.channels, inputs.data.height, inputs.data.width)
     network = model.denoiser.network
@@ -68,6 +80,13 @@ def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor 
             part = slice(done, done + size)
             steps = 0
             label = None if condition is None else condition[part].to(device)
+            key = fingerprint(seeds[part], *([] if condition is None else [condition[part]]))[:16]
+            kept = None if folder is None or len(seeds) <= size else folder / f"{key}.safetensors"
+            if kept is not None and kept.exists():
+                images.append(read_tensors(kept)["image"])
+                done += len(images[-1])
+                progress.advance(len(images[-1]))
+                continue
             try:
                 batch = sample(
                     model.denoiser,
@@ -85,6 +104,8 @@ def generate(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor 
                 size = smaller_batch(error, min(size, len(seeds)), "sampler.batch_size")
                 continue
             images.append(batch.cpu())
+            if kept is not None:
+                write_tensors(kept, {"image": images[-1]})
             done += len(batch)
             progress.advance(len(batch))
     image = torch.cat([*images, noise[done:]])  # noise in place of what a rehearsal leaves out

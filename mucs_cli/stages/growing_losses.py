@@ -8,7 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from mucs_cli.artifacts import fingerprint, map_tensor, write_tensors
+from mucs_cli.errors import UserError
 from mucs_cli.locks import locked
+from mucs_cli.runtime import log
 from mucs_cli.stages.engine import BASE_MODEL, Engine, loss_inputs
 from mucs_cli.stages.work import Work
 
@@ -36,7 +38,7 @@ class GrowingLosses:
         inputs = loss_inputs(work, engine, bank_print, BASE_MODEL)
         self.path = work.context.folder("score", GROWING, fingerprint(inputs)[:16], "losses.growing")
         with locked(self.path.parent):
-            if not self.path.exists():
+            if not is_of_shape(self.path, shape):
                 create(self.path, shape)
             shared, check = self._maps()
             self.loss: NDArray[np.float32] = np.array(shared)
@@ -68,6 +70,19 @@ class GrowingLosses:
             shared[rows, draws] = loss
             for row in np.unique(rows):
                 check[row] = zlib.crc32(shared[row].tobytes())
+
+
+def is_of_shape(path: Path, shape: tuple[int, int]) -> bool:
+    """Whether the file is there, with room for losses of that shape."""
+    if not path.exists():
+        return False
+    try:
+        if map_tensor(path, "loss").shape == shape and map_tensor(path, "crc32").shape == shape[:1]:
+            return True
+    except UserError:
+        pass
+    log.warning("%s is damaged; computing it again", path)
+    return False
 
 
 def create(path: Path, shape: tuple[int, int]) -> None:

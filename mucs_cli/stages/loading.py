@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import fingerprint, read_json, read_tensors, require_manifest, write_json
+from mucs_cli.artifacts import check_file, fingerprint, read_tensors, require_manifest, write_record
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.decode import SUFFIXES
 from mucs_cli.data.image_folder import class_texts
 from mucs_cli.data.labels import is_whole
 from mucs_cli.data.metadata import has_column
-from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser
+from mucs_cli.diffusion.checkpoint import load_checked, load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.removal import default_count
+from mucs_cli.locks import locked
+from mucs_cli.records import read_record
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
@@ -37,24 +39,58 @@ UNKNOWN_LEARNING_RATE = 1e-4
 
 def prepare_device(context: Context) -> torch.device:
     """The device, with the thread count that the run's first stage used: another one sums in another order."""
-    facts = machine_facts(context.run)
-    threads = facts.get("threads")
-    if threads is None:
-        save_machine_facts(context.run, {**facts, "threads": torch.get_num_threads()})
-    elif threads != torch.get_num_threads():
+    threads = fixed_fact(context.run, "threads", torch.get_num_threads)
+    if threads != torch.get_num_threads():
         log.info("using %d threads, as the run's first stage did (%s)", threads, context.run / "machine.json")
         torch.set_num_threads(threads)
     return pick_device(context.config.device)
 
 
-def machine_facts(run: Path) -> dict[str, Any]:
-    """What the run has fixed about the machine: thread count and measured block sizes."""
-    path = run / "machine.json"
-    return read_json(path) if path.exists() else {}
+MACHINE = "machine.json"
+"""The file with what a run has fixed about the machine: thread count and measured sizes."""
 
 
-def save_machine_facts(run: Path, facts: dict[str, Any]) -> None:
-    write_json(run / "machine.json", facts)
+def fixed_fact(run: Path, name: str, choose: Callable[[], int], key: str | None = None) -> int:
+    """What the run has fixed, or else what is chosen now and kept for all later commands, and for those at it as well.
+
+    Args:
+        run: the run's folder.
+        name: of the fact.
+        choose: measures or decides; called where nothing is fixed yet.
+        key: what the fact is of, where there are several.
+    """
+    known = read_fact(run, name, key)
+    if known is None:
+        known = choose()
+        with locked(run / MACHINE):
+            other = read_fact(run, name, key)  # another process may have chosen meanwhile
+            if other is not None:
+                return other
+            save_fact(run, name, known, key)
+    return known
+
+
+def read_fact(run: Path, name: str, key: str | None = None) -> int | None:
+    """See ``fixed_fact``; None where nothing is fixed.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run / MACHINE
+    value = read_record(path).get(name) if path.exists() else None
+    if key is not None and value is not None:
+        value = value.get(key) if isinstance(value, dict) else 0
+    if value is not None and not (type(value) is int and value > 0):
+        raise UserError(str(path), f"got {name} {value!r}; expected a whole number above 0. Delete the file.")
+    return value
+
+
+def save_fact(run: Path, name: str, value: int, key: str | None = None) -> None:
+    """Fixes a fact anew; other facts stay."""
+    path = run / MACHINE
+    with locked(path):
+        facts = read_record(path) if path.exists() else {}
+        write_record(path, {**facts, name: value if key is None else {**facts.get(name, {}), key: value}})
 
 
 @dataclass(frozen=True)
@@ -172,10 +208,11 @@ def load_trained_model(context: Context, data: ImageDataset, device: torch.devic
             f"got a data set of fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {trained_on[:16]}. "
             "Restore the data, or use another run=.",
         )
-    denoiser = load_denoiser(folder / "model", manifest["outputs"][f"model/{WEIGHTS}"]["sha256"])
+    denoiser = load_checked(folder, manifest)
     denoiser.network.requires_grad_(False).to(device)
 
     def fresh(seed: int) -> Denoiser:
+        check_file(folder, manifest, "initial.safetensors")
         return load_denoiser(folder / "model", weights=folder / "initial.safetensors")
 
     return BaseModel(denoiser, model_fingerprint(manifest), manifest["config"]["training"]["learning_rate"], fresh)

@@ -1,13 +1,15 @@
 """MUCS's unlearning in a run: the bound, the retain batches, and the engine's settings from the configuration."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import fingerprint
+from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.null_loss import BATCH_SIZE, MAX_BATCHES, monte_carlo_null_loss
 from mucs_cli.attribution.unlearning import (
     UnlearningResult,
@@ -21,10 +23,11 @@ from mucs_cli.attribution.unlearning import (
 from mucs_cli.attribution.unlearning_batch import BatchSource, InstanceWeight, RetainBatch, similarity_weight
 from mucs_cli.config import NULL_LOSSES, number_or_word
 from mucs_cli.errors import UserError
+from mucs_cli.interruption import saving
 from mucs_cli.rng import ShuffledOrder
 from mucs_cli.runtime import is_out_of_memory, log, smaller_batch
 from mucs_cli.stages.engine import prepare_bank
-from mucs_cli.stages.loading import machine_facts, save_machine_facts
+from mucs_cli.stages.loading import fixed_fact
 from mucs_cli.stages.unlearner import Unlearner, choose_trainable
 from mucs_cli.stages.work import Work
 
@@ -90,29 +93,61 @@ class MirroredUnlearner(Unlearner):
         fresh.network.requires_grad_(False).to(self.work.inputs.device)
         conditional = fresh.network.is_conditional
 
+        path = self.checkpoints.folder / "null_loss.safetensors"
+        kept = read_tensors(path) if path.exists() else {}
+        sums = (float(kept["sum"]), int(kept["count"])) if kept else (0.0, 0)
+        saved = time.monotonic()
+
+        def save() -> None:
+            write_tensors(path, {"sum": torch.tensor(sums[0], dtype=torch.float64), "count": torch.tensor(sums[1])})
+
+        def on_batch(*present: Any) -> None:
+            nonlocal sums, saved
+            sums = present
+            if time.monotonic() - saved > self.checkpoints.every_seconds:
+                save()
+                saved = time.monotonic()
+
         def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
             order = ShuffledOrder(len(data.training), seed, "null_loss_order")
             count = min(MAX_BATCHES * BATCH_SIZE, len(data.training))
-            for start in range(0, count, BATCH_SIZE):
+            for start in range(math.ceil(sums[1] / BATCH_SIZE) * BATCH_SIZE, count, BATCH_SIZE):
                 rows = order.batch(start // BATCH_SIZE, BATCH_SIZE)[: count - start]
                 ids = data.training[rows.numpy()]
                 yield data.images(ids), data.conditions(ids) if conditional else None
 
-        loss = monte_carlo_null_loss(fresh, batches(), seed, self.work.inputs.device)
+        with saving(save):
+            loss = monte_carlo_null_loss(fresh, batches(), seed, self.work.inputs.device, sums, on_batch)
+        save()
         return loss, "Monte Carlo over the model's initial weights"
 
     def results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
         left = list(queries)
         while left:
-            chosen = left[: self.stack_size]
+            begun = self._begun_with(left[0])
+            chosen = begun or left[: self.stack_size]
             self.num_at_once = len(chosen)
+            alone = len(chosen) == 1 and not begun
             try:
-                for query, result in super().results(chosen) if len(chosen) == 1 else self.stacked_results(chosen):
-                    left.remove(query)
+                for query, result in super().results(chosen) if alone else self.stacked_results(chosen):
                     self.num_at_once -= 1
-                    yield query, result
+                    if query in left:  # else it was saved before an interruption, and only the others need it again
+                        left.remove(query)
+                        yield query, result
             except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
                 self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")
+
+    def stacks(self, queries: Sequence[int]) -> Iterator[list[int]]:
+        left = list(queries)
+        while left:
+            stack = self._begun_with(left[0]) or left[: self.stack_size]
+            yield [query for query in left if query in stack]
+            left = [query for query in left if query not in stack]
+
+    def _begun_with(self, query: int) -> list[int]:
+        """The stack in which an interrupted attempt began the query, where stacks may be as large now."""
+        begun = self.checkpoints.stack_of(query)
+        return begun if len(begun) <= self.stack_size else []
 
     def stacked_results(self, queries: Sequence[int]) -> Iterator[tuple[int, UnlearningResult]]:
         """The queries unlearned at once, each result as soon as its query has stopped."""
@@ -120,8 +155,14 @@ class MirroredUnlearner(Unlearner):
         sources = [self.source(query) for query in queries]
         with self.divergence_named():
             yield from unlearn_stacked(
-                self.work.inputs.model.denoiser, self.trainable, sources, self.settings, self.on_step
+                self.work.inputs.model.denoiser,
+                self.trainable,
+                sources,
+                self.settings,
+                self.on_step,
+                checkpoints=self.checkpoints,
             )
+        self.checkpoints.finish()
 
     def source(self, query: int) -> BatchSource:
         """A query's batches, the same as in ``unlearn``."""
@@ -146,15 +187,14 @@ class MirroredUnlearner(Unlearner):
             return int(config.stack_size)
         what = (self.work.inputs.device.type, config.retain_batch_size, config.forget_batch_size, len(queries))
         key = "/".join(map(str, [*what, fingerprint(self.trainable)[:16]]))
-        facts = machine_facts(run)
-        known = facts.get("unlearning_stack_size", {})
-        if key not in known:
+
+        def measure() -> int:
             with self.divergence_named():
                 size = choose_stack_size(self._step_seconds, len(queries))
             log.info("unlearn: %d queries at once (measured; kept in machine.json)", size)
-            known = {**known, key: size}
-            save_machine_facts(run, {**facts, "unlearning_stack_size": known})
-        return int(known[key])
+            return size
+
+        return fixed_fact(run, "unlearning_stack_size", measure, key)
 
     def _step_seconds(self, count: int) -> float:
         """Seconds a query of a step with the first queries at once; infinity where they do not fit into memory."""
@@ -181,6 +221,7 @@ class MirroredUnlearner(Unlearner):
             self.on_step,
             noise_levels=self.noise_levels,
             instance_weight=self.instance_weight(image, retain_batch),
+            checkpoints=self.checkpoints,
         )
 
     def retain_batches(self, query: int) -> RetainBatch:

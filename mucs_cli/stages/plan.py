@@ -21,7 +21,7 @@ from statistics import fmean
 
 import torch
 
-from mucs_cli.artifacts import read_json, require_manifest, sha256_file, write_json, write_tensors
+from mucs_cli.artifacts import require_manifest, sha256_file, write_record, write_tensors
 from mucs_cli.errors import UserError
 from mucs_cli.rehearsal import StagePlan, rehearsing
 from mucs_cli.reporting.tables import Cell, Table, print_table
@@ -93,7 +93,7 @@ def rehearse(context: Context, cut: list[str]) -> StagePlan:
         notes += notes_on_updates(context, cut)
         lend_unlearned(context)
     disk = sum(max(0, size - before.get(path, 0)) for path, size in sizes_of(context.run).items())
-    if stage == "train" and plan.seconds > context.config.training.checkpoint_every_seconds:
+    if stage == "train" and plan.seconds > context.config.checkpoint.every_seconds:
         # the last two checkpoints: weights, their average and the two moments of AdamW
         disk += 2 * 4 * size_of(context.folder("train", "initial.safetensors"))
     return replace(plan, disk=disk, notes=notes)
@@ -114,7 +114,8 @@ def shadow_of(run: Path) -> Iterator[Path]:
             copy = shadow / Path(place).relative_to(run)
             copy.mkdir()
             for name in names:
-                mirror(Path(place) / name, copy / name)
+                if not (name.startswith(".") and name.endswith(".lock")):  # who is at the run does not bar the shadow
+                    mirror(Path(place) / name, copy / name)
         yield shadow
 
 
@@ -183,7 +184,7 @@ def lend_unlearned(context: Context) -> None:
             path.symlink_to(lent)
         manifest["outputs"][path.name] = record
         manifest["queries"][str(query)] = sha256
-    write_json(folder / "manifest.json", manifest)
+    write_record(folder / "manifest.json", manifest)
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def notes_on_updates(context: Context, cut: list[str]) -> tuple[str, ...]:
     config = context.config.unlearning
     if not MODEL_STAGES.isdisjoint(cut) and "unlearning" in context.method.unlearning_sections(context.config):
         return (f"at most: {config.num_steps} updates a query. Run stages=[{','.join(cut)}] first to know better",)
-    manifest = read_json(context.folder("unlearn", context.unlearn_variant(), "manifest.json"))
+    manifest = require_manifest(context.folder("unlearn", context.unlearn_variant()), "unlearn")
     updates = [record["num_steps"] for record in manifest["results"]]
     return (f"about {fmean(updates):.0f} updates a query",) if updates else ()
 

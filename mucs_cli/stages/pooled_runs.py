@@ -1,7 +1,5 @@
 """Finished evaluations of several runs together: which fit, and the similarities of counterfactual ones."""
 
-import csv
-import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,10 @@ from mucs_cli.artifacts import first_difference, flatten, read_json, require_man
 from mucs_cli.config import result_config
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.counterfactual import Similarities
+from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import RESULTS
+from mucs_cli.text import csv_text
 
 RUNS = "evaluation.runs"
 SIMILARITIES = "similarities.csv"
@@ -43,13 +43,11 @@ class Pooled:
 
 def write_samples(samples: Mapping[Key, Similarities], folder: Path) -> Path:
     """Writes ``similarities.csv`` with all digits; returns it."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
+    rows: list[tuple[Any, ...]] = [COLUMNS]
     for (method, metric, role), sample in samples.items():
         for seed, picture, value in zip(sample.seed, sample.query, sample.value, strict=True):
-            rows.writerow([seed, role, picture, method, metric, repr(float(value))])
-    write_text(folder / SIMILARITIES, text.getvalue())
+            rows.append((seed, role, picture, method, metric, repr(float(value))))
+    write_text(folder / SIMILARITIES, csv_text(rows))
     return folder / SIMILARITIES
 
 
@@ -145,10 +143,9 @@ def read_samples(folder: Path, manifest: Mapping[str, Any], methods: Sequence[st
     """
     path = require_output(folder, manifest, SIMILARITIES)
     columns: dict[Key, list[tuple[int, int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            key = (row["method"], row["metric"], row["role"])
-            columns.setdefault(key, []).append((int(row["seed"]), int(row["picture"]), float(row["value"])))
+    for row in read_rows(path, "evaluate"):
+        key = (row["method"], row["metric"], row["role"])
+        columns.setdefault(key, []).append((int(row["seed"]), int(row["picture"]), float(row["value"])))
     samples = {}
     for key, rows in columns.items():
         seed, picture, value = zip(*rows, strict=True)

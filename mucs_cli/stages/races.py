@@ -96,7 +96,7 @@ class Races:
         with Progress("score", len(queries), "queries", len(queries) - len(left), REHEARSED_SECONDS) as progress:
             for query, facts in processes.share_out(left, lambda query: [self._run(query, progress)]):
                 self.stage.save_progress(self.stage.progress | {str(query): facts})
-                progress.advance(note=describe(facts))
+                progress.advance(numbers={"query": query, "evaluations": facts["evaluations"]})
                 log.info("score: query %d, %s", query, describe(facts))
 
     def _is_raced(self, query: int) -> bool:
@@ -234,7 +234,7 @@ class Race:
             self.evaluations += len(row)
             self.progress.advance(
                 0,
-                f"query {self.query}, draw {num_draws} of {self.num_draws}, {len(rows)} images",
+                {"query": self.query, "draw": num_draws, "images": len(rows)},
                 min(1.0, self.computed / self.races.typical_evaluations()),
             )
         self.draws[rows] = num_draws

@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from mucs_cli.artifacts import Stage, fingerprint, first_difference, read_json, sha256_file, write_atomic, write_text
+from mucs_cli.artifacts import Stage, fingerprint, first_difference, is_whole, write_atomic, write_text
 from mucs_cli.config import PipelineConfig, result_config
 from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
 from mucs_cli.reporting.facts import stage_manifests
 from mucs_cli.reporting.page import render_report, template_text
 from mucs_cli.reporting.pictures import top_picture
 from mucs_cli.reporting.results import RunResults
-from mucs_cli.runtime import log
+from mucs_cli.runtime import log, stage_log
+from mucs_cli.schemas import ReportConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import recorded_data
 
@@ -33,13 +35,18 @@ def run(context: Context) -> None:
     if is_current(folder, identity):
         log.info("report: up to date (%s)", folder / "index.html")
         return
+    page = render_report(results, config.report)  # which refuses what cannot be, before there is a folder
+    with stage_log(folder):
+        write(Stage(folder, "report", identity), page, results, config.report)
+
+
+def write(stage: Stage, page: str, results: RunResults, settings: ReportConfig) -> None:
+    """Fills the stage's folder."""
+    folder = stage.folder
     for name in results.unfinished:
         log.warning("report: score/%s is not finished; left out", name)
     for name in results.unfinished_evaluations:
         log.warning("report: evaluate/%s is not finished; left out", name)
-    settings = config.report
-    page = render_report(results, settings)
-    stage = Stage(folder, "report", identity)
     stage.begin()
     outputs = [folder / "index.html"]
     write_text(outputs[0], page)
@@ -68,12 +75,9 @@ def inputs(results: RunResults) -> dict[str, Any]:
 def is_current(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether the folder holds this very report, intact."""
     try:
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_manifest(folder / "manifest.json")
     except UserError:
         return False
     if first_difference(identity, {key: manifest.get(key, {}) for key in identity}) is not None:
         return False
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name) == record["sha256"]
-        for name, record in manifest["outputs"].items()
-    )
+    return all(is_whole(folder, manifest, name) for name in manifest.get("outputs", {}))

@@ -17,13 +17,13 @@ import torch
 from mucs_cli import processes
 from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors
 from mucs_cli.config import result_config
-from mucs_cli.diffusion.checkpoint import WEIGHTS, load_denoiser, save_denoiser
+from mucs_cli.diffusion.checkpoint import load_checked, save_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.diffusion.training import Trainer
-from mucs_cli.errors import UserError
+from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.locks import locked
 from mucs_cli.rehearsal import Loop, StagePlan
-from mucs_cli.runtime import log, log_file
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.fitting import files_of, fit, training_settings
@@ -105,8 +105,14 @@ class Retrainings:
             UserError: it has not been trained, or its file is damaged.
         """
         folder = self.folder(wanted)
-        manifest = require_manifest(folder, "evaluate")
-        denoiser = load_denoiser(folder / "model", manifest["outputs"][f"model/{WEIGHTS}"]["sha256"])
+        try:
+            denoiser = load_checked(folder, require_manifest(folder, "evaluate"))
+        except DamagedError as error:
+            raise DamagedError(
+                str(folder),
+                f"holds a damaged model ({Path(error.subject).name}). Delete the folder and run mucs evaluate again: "
+                "of the models trained again, only this one is.",
+            ) from error
         denoiser.network.requires_grad_(False).to(self.inputs.device)
         return denoiser
 
@@ -158,13 +164,14 @@ class Retrainings:
         training = replace(self.context.config.training, seed=task.seed)
         stage = Stage(folder, "evaluate", self.identity(task))
         stage.begin()
-        with log_file(folder / "log.txt"):
+        with stage_log(folder):
             denoiser = build_denoiser(replace(self.context.config, training=training), data)
             denoiser.network.to(device)
             trainer = Trainer(denoiser, training_settings(training))
             ids = np.setdiff1d(data.training, np.array(task.removed, dtype=np.int64))
             in_batches_of = data.training if task.in_batches_of_all else None
-            facts = fit(trainer, data, ids, folder, training, device, title, in_batches_of)
+            saved_every = self.context.config.checkpoint.every_seconds
+            facts = fit(trainer, data, ids, folder, saved_every, device, title, in_batches_of)
             files = save_denoiser(folder / "model", denoiser, trainer.result())
             write_tensors(folder / "removed.safetensors", {"example_id": torch.tensor(task.removed, dtype=torch.int64)})
             counts = {"training_images": len(ids), "removed": len(task.removed), "steps": trainer.step}

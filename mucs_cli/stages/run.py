@@ -9,6 +9,7 @@ from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.dispatch import run_stage
 from mucs_cli.stages.show import print_top
+from mucs_cli.text import printable
 
 SHOWN = 5
 """Training images printed for each query."""
@@ -33,7 +34,7 @@ def print_results(context: Context) -> None:
         ("queries", context.folder("sample", "grid.png")),
     ):
         if path.exists():
-            print(f"{what + ':':<9}{path}")
+            print(printable(f"{what + ':':<9}{path}"))
 
 
 def stages_of(context: Context) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """``mucs sample``: generates the queries, each from a random stream of its own, or reads them from a folder."""
 
-import csv
-import io
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -13,16 +11,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_json, read_tensors, write_atomic, write_tensors, write_text
+from mucs_cli.artifacts import (
+    Stage,
+    check_file,
+    empty,
+    fingerprint,
+    write_atomic,
+    write_tensors,
+    write_text,
+)
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
+from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import derive_seed, generator
-from mucs_cli.runtime import log, log_file
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import decode, encode
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
 from mucs_cli.stages.loading import ROLES, Inputs, load_inputs
+from mucs_cli.text import csv_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def refuse_other_model(context: Context, inputs: Inputs) -> None:
     path, model = context.folder("sample", "manifest.json"), context.config.model
     if context.config.overwrite or not isinstance(model, PretrainedConfig) or not path.exists():
         return
-    if read_json(path)["inputs"]["model"] != inputs.model.fingerprint:
+    if read_manifest(path)["inputs"]["model"] != inputs.model.fingerprint:
         raise UserError(
             "model.path",
             f"got {model.path}, which holds another model than the one that {path} has queries for. Use another run=, "
@@ -84,7 +93,7 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
         return
     condition = query_conditions(inputs.model, inputs.data, config)
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         first = len(stage.known_queries())
         seeds = torch.tensor([derive_seed(config.seed, "query", i) for i in range(min(first, config.num), config.num)])
         chosen = None if condition is None else condition[config.num - len(seeds) :]
@@ -100,6 +109,7 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
         columns = {"file": [""] * len(seeds) + [inputs.pixels.file[i] for i in images]} if len(images) else {}
         facts = {"device": str(inputs.device), "seeds": {"queries": config.seed}}
         write_queries(stage, NewQueries(tensors, prints, columns), facts)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray:
@@ -122,7 +132,8 @@ def held_out_queries(inputs: Inputs, config: SampledQueriesConfig) -> np.ndarray
 
 def generated_tensors(context: Context, inputs: Inputs, seeds: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
     """What is stored of images that are sampled now, one a seed."""
-    tensors = {"image": generate(context, inputs, seeds, condition), "seed": seeds}
+    kept = context.folder("sample", "checkpoint")
+    tensors = {"image": generate(context, inputs, seeds, condition, kept), "seed": seeds}
     if inputs.model.codec is not None:
         tensors["picture"] = decode(inputs.model.codec, tensors["image"], inputs.device)
     if condition is not None:
@@ -169,7 +180,7 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
         log.info("sample: up to date (%s)", folder)
         return
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         new = order[len(stage.known_queries()) :]
         picture = found.image[new]
         tensors = {"image": picture}
@@ -202,7 +213,7 @@ def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:
     known = recorded_files(folder)
     gone = [file for file in known if file not in position]
     if gone and overwrite:
-        shutil.rmtree(folder)
+        empty(folder)
         known = []
     elif gone:
         raise UserError(
@@ -215,18 +226,22 @@ def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:
 
 def recorded_queries(folder: Path) -> dict[int, str]:
     """id -> fingerprint of the queries of a finished stage; empty without one."""
+    return {int(query): print_ for query, print_ in recorded(folder).get("queries", {}).items()}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished stage; empty without one."""
     path = folder / "manifest.json"
-    queries = read_json(path).get("queries", {}) if path.exists() else {}
-    return {int(query): print_ for query, print_ in queries.items()}
+    return read_manifest(path) if path.exists() else {}
 
 
 def recorded_files(folder: Path) -> list[str]:
     """File names of the queries of a finished stage, by id; empty without one, or where they were sampled."""
-    path = folder / "queries.csv"
-    if not path.exists() or not (folder / "manifest.json").exists():
+    path, manifest = folder / "queries.csv", recorded(folder)
+    if path.name not in manifest.get("outputs", {}):
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row["file"] for row in csv.DictReader(file)][: len(recorded_queries(folder))]
+    check_file(folder, manifest, path.name)
+    return [row["file"] for row in read_rows(path, "sample")][: len(recorded_queries(folder))]
 
 
 def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
@@ -236,7 +251,8 @@ def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
     tensors.setdefault("role", torch.full((len(new.fingerprints),), ROLES["generated"]))
     path = folder / "samples.safetensors"
     if known:
-        old = read_tensors(path, stage.previous["outputs"][path.name]["sha256"])
+        old = stage.previous_tensors(path.name)
+        stage.keep_aside(path.name)
         tensors = {name: torch.cat([old[name], tensor]) for name, tensor in tensors.items()}
         columns = joined_columns(folder / "queries.csv", columns, len(known))
     stage.queries = known | dict(enumerate(new.fingerprints, len(known)))
@@ -255,8 +271,7 @@ def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[st
     """The columns of a queries.csv of ``count`` rows with the new rows below them; empty cells where one has none."""
     if not new:
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))[:count]
+    rows = read_rows(path, "sample")[:count]
     names = dict.fromkeys([*(name for name in rows[0] if name != "query"), *new])
     length = len(next(iter(new.values())))
     return {name: [row.get(name, "") for row in rows] + new.get(name, [""] * length) for name in names}
@@ -264,11 +279,8 @@ def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[st
 
 def write_columns(path: Path, columns: dict[str, list[str]]) -> None:
     """``query`` and the columns, a row a query."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["query", *columns])
-    rows.writerows([query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True)))
-    write_text(path, text.getvalue())
+    rows = [[query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True))]
+    write_text(path, csv_text([["query", *columns], *rows]))
 
 
 def write_grid(image: Tensor, path: Path, columns: int = 10, gap: int = 1) -> None:

@@ -1,7 +1,5 @@
 """``mucs score``: scores every training image for every query, by the method that the configuration names."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,12 @@ import numpy as np
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_text
+from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
-from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.runtime import Progress, log, stage_log
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import refuse_unsettled
@@ -23,6 +21,7 @@ from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.races import Races
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.work import Work
+from mucs_cli.text import csv_text, inert
 
 SCORES = "scores.safetensors"
 TOP_ROWS = 100
@@ -54,10 +53,11 @@ def run(context: Context) -> None:
         log.info("score: up to date (%s)", folder)
     else:
         stage.begin()
-        with log_file(folder / "log.txt"):
+        with stage_log(folder):
             compute(stage, work, scorer, races)
     if processes.is_first():
-        found = read_tensors(folder / SCORES)
+        sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
+        found = read_tensors(folder / SCORES, sha256)
         write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
 
 
@@ -118,7 +118,8 @@ def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
     """query -> its row [N] of each tensor, of a finished stage that lacks some queries; empty without one."""
     if not stage.previous:
         return {}
-    tensors = read_tensors(stage.folder / SCORES, stage.previous["outputs"][SCORES]["sha256"])
+    tensors = stage.previous_tensors(SCORES)
+    stage.keep_aside(SCORES)
     names = [name for name in ("score", "draws") if name in tensors]
     return {
         query: {name: tensors[name][row] for name in names} for row, query in enumerate(tensors["query_id"].tolist())
@@ -178,12 +179,10 @@ class Scores(BlockWork):
 
 def write_top(path: Path, scores: Mapping[str, Tensor], data: ImageDataset, count: int) -> None:
     """``query,rank,example_id,file,score`` and the metadata columns, of the highest scores; ties by example_id."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["query", "rank", "example_id", "file", "score", *data.metadata])
+    rows: list[list[Any]] = [["query", "rank", "example_id", "file", "score", *data.metadata]]
     for query, row in zip(scores["query_id"].tolist(), scores["score"].numpy(), strict=True):
         for rank, position in enumerate(np.argsort(-row, kind="stable")[:count], start=1):
             example = int(data.training[position])
             metadata = [column[example] for column in data.metadata.values()]
-            rows.writerow([query, rank, example, data.file[example], f"{row[position]:.9g}", *metadata])
-    write_text(path, text.getvalue())
+            rows.append([query, rank, example, data.file[example], f"{row[position]:.9g}", *metadata])
+    write_text(path, csv_text([inert(cell) for cell in row] for row in rows))

@@ -3,7 +3,6 @@
 Reads JSON and file sizes only: no tensor is opened and torch is not needed.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from mucs_cli import tracking
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_manifest
 from mucs_cli.stages.context import Context
+from mucs_cli.text import printable
 
 PIPE_WIDTH = 160
 """Columns where stdout is no terminal: enough that no cell is cut."""
@@ -93,8 +96,8 @@ def entries_of(run: Path) -> Iterator[Entry]:
 
 def is_pretrained(run: Path) -> bool:
     """Whether the run's model was trained elsewhere: nothing is trained here then."""
-    model = (read(run / "run.json").get("config") or {}).get("model") or {}
-    return bool(model.get("name") == "pretrained")
+    model = read(run / "run.json").get("config", {}).get("model")
+    return isinstance(model, dict) and model.get("name") == "pretrained"
 
 
 def retrained(folder: Path) -> Entry:
@@ -120,7 +123,9 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
         folder: the stage's.
         again: what can be computed again once the stage is done; leftovers of block files are added.
     """
-    manifest = read(folder / "manifest.json")
+    path = folder / "manifest.json"
+    manifest = read(path)
+    is_damaged = path.exists() and not manifest
     done = bool(manifest) or any(folder.glob("*.growing"))
     done = done or (folder.name == "noise_bank" and any(folder.glob("*.safetensors")))
     if done:
@@ -131,7 +136,7 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
         cleanable = ()
     return Entry(
         name=folder.relative_to(run).as_posix(),
-        state="done" if done else progress_of(folder),
+        state="damaged" if is_damaged else "done" if done else progress_of(folder),
         when=str(manifest.get("ended", "")),
         seconds=manifest.get("seconds"),
         size=size_of(folder),
@@ -140,32 +145,38 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
 
 
 def progress_of(folder: Path) -> str:
-    """``absent``, or ``unfinished`` with what its state.json and finished blocks tell."""
+    """``absent``, or ``unfinished`` with what its progress.jsonl or finished blocks tell."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return "absent"
-    state = read(folder / "state.json")
-    step, blocks = state.get("step"), 0
+    line, blocks = tracking.last_line(folder), 0
     for journal in folder.rglob("*.journal"):
-        blocks += max(0, len(journal.read_text(encoding="utf-8").splitlines()) - 1)  # the first line is the identity
-    if step is not None:
-        return f"unfinished, step {step}"
+        blocks += journal.read_bytes().count(b'"block"')
+    if line.keys() >= {"done", "total", "unit"}:
+        return f"unfinished, {line['done']} of {line['total']} {line['unit']}"
     return f"unfinished, {blocks} blocks" if blocks else "unfinished"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file or none that can be read: the table still shows the rest."""
+    """A record; empty where there is no file or none that can be read: the table still shows the rest."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_manifest(path)
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; 0 where there is nothing."""
     if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size if path.is_file() else 0
+        return sum(map(size_of_file, path.rglob("*")))
+    return size_of_file(path)
+
+
+def size_of_file(path: Path) -> int:
+    """0 for all that is no file, and for one that another command has just renamed."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 # --- what is done with it --------------------------------------------------------------------------------------------
@@ -188,7 +199,7 @@ def clean(paths: list[Path]) -> int:
 
 
 def table_of(run: Path, entries: list[Entry]) -> Table:
-    table = Table(title=str(run), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(printable(str(run))), title_justify="left", box=None, pad_edge=False)
     table.add_column("stage", overflow="fold")
     for column in ("state", "ended (UTC)"):
         table.add_column(column, no_wrap=True)
@@ -197,9 +208,9 @@ def table_of(run: Path, entries: list[Entry]) -> Table:
     for entry in entries:
         spare = sum(size_of(path) for path in entry.cleanable)
         table.add_row(
-            entry.name,
+            Text(printable(entry.name)),
             entry.state,
-            entry.when.removesuffix("+00:00").replace("T", " "),
+            Text(printable(entry.when.removesuffix("+00:00").replace("T", " "))),
             "" if entry.seconds is None else f"{entry.seconds:.1f}",
             bytes_text(entry.size) if entry.size else "",
             bytes_text(spare) if spare else "",

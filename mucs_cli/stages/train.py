@@ -8,7 +8,7 @@ from mucs_cli.config import TRAIN_SECTIONS
 from mucs_cli.diffusion.checkpoint import save_denoiser
 from mucs_cli.diffusion.training import Trainer
 from mucs_cli.errors import UserError
-from mucs_cli.runtime import log, log_file
+from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import PretrainedConfig
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.fitting import files_of, fit, training_settings
@@ -29,11 +29,11 @@ def run(context: Context) -> None:
         return
     denoiser = build_denoiser(config, data)
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         write_tensors(folder / "initial.safetensors", dict(denoiser.network.named_parameters()))
         denoiser.network.to(device)
         trainer = Trainer(denoiser, training_settings(config.training))
-        facts = fit(trainer, data, data.training, folder, config.training, device)
+        facts = fit(trainer, data, data.training, folder, config.checkpoint.every_seconds, device)
         facts |= {
             "device": str(device),
             "seeds": {"training": config.training.seed, "data": config.data.seed},

@@ -1,7 +1,9 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from mucs_cli import processes
 from mucs_cli.artifacts import Stage, write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
-from mucs_cli.runtime import Progress, log, log_file
+from mucs_cli.runtime import Progress, log, stage_log
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work
@@ -38,21 +40,23 @@ def run(context: Context) -> None:
         inputs={"dataset": work.inputs.data.fingerprint, "model": model.fingerprint, **unlearner.inputs},
         queries=queries.wanted,
         scores_only=False,
+        file_of=lambda query: query_file(folder, query).name,
     )
     if stage.is_done():
         log.info("unlearn: up to date (%s)", folder)
         return
     stage.begin()
-    with log_file(folder / "log.txt"):
+    with stage_log(folder):
         unlearner.prepare()
         results = {record["query"]: record for record in processes.on_first(lambda: finished_results(stage))}
         todo = [query for query in queries.selected if query not in results]
         typical = median([record["num_steps"] for record in results.values()]) if results else 0
-        done = len(queries.selected) - len(todo)
-        with Progress("unlearn", len(queries.selected), "queries", done, REHEARSED_SECONDS) as progress:
-            unlearner.on_step = lambda step: progress.advance(
+        total = len(queries.selected)
+        done = total - len(todo)
+        with unlearner.checkpoints, Progress("unlearn", total, "queries", done, REHEARSED_SECONDS) as progress:
+            unlearner.on_step = lambda query, step: progress.advance(
                 0,
-                f"step {step.step}, forget loss {step.forget_loss:.3f}",
+                {"query": query, **asdict(step)},
                 unlearner.num_at_once
                 * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
             )
@@ -68,16 +72,16 @@ def run(context: Context) -> None:
                         "text": describe(result),
                     }
 
-            # in the stacks in which one process would unlearn them
-            size = unlearner.stack_size
-            stacks = [todo[start : start + size] for start in range(0, len(todo), size)]
+            stacks = processes.on_first(lambda: list(unlearner.stacks(todo)))
             for _, told in processes.share_out(stacks, unlearned):
                 query, summary = told["query"], told["summary"]
                 with (folder / "log.jsonl").open("a") as file:
                     file.write(told["log"])
                 results[query] = {"query": query, **summary}
                 stage.save_progress(stage.progress | {str(query): summary})
-                progress.advance(note=told["text"])
+                progress.advance(
+                    numbers={"query": query, "step": summary["num_steps"], "query_loss": summary["query_loss"]}
+                )
                 log.info("unlearn: query %d, %s", query, told["text"])
                 if summary["reached_bound"] is False:
                     log.warning(
@@ -87,6 +91,8 @@ def run(context: Context) -> None:
                         summary["num_steps"],
                         unlearner.facts()["learning_rate"],
                     )
+        if processes.is_first():
+            shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
         # what an interrupted attempt with another queries.index has done counts as well
         stage.queries = {query: queries.fingerprints[query] for query in results}
         stage.finish(
@@ -111,7 +117,8 @@ def describe(result: UnlearningResult) -> str:
 
 def finished_results(stage: Stage) -> list[dict[str, Any]]:
     """Records of the queries that the folder has models of; drops what an interrupted attempt logged of others."""
-    results = {record["query"]: record for record in stage.previous.get("results", [])}
+    known = stage.known_queries()
+    results = {record["query"]: record for record in stage.previous.get("results", []) if record["query"] in known}
     results |= {
         int(query): {"query": int(query), **summary}
         for query, summary in stage.progress.items()
@@ -133,10 +140,10 @@ def log_lines(query: int, result: UnlearningResult) -> str:
 def keep_log_of(path: Path, queries: set[int]) -> None:
     """Drops lines of queries that an interrupted attempt did not finish."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["query"] in queries:
                 lines.append(line + "\n")
-        except ValueError:  # cut short by a crash
+        except (ValueError, KeyError, TypeError):  # cut short by a crash, or damaged
             continue
     write_text(path, "".join(lines))

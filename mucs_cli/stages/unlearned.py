@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import command_hint, read_tensors, require_manifest
-from mucs_cli.errors import UserError
+from mucs_cli.artifacts import REDO, command_hint, read_tensors, require_manifest
+from mucs_cli.errors import DamagedError, UserError
 
 
 def query_file(folder: Path, query: int) -> Path:
@@ -63,7 +63,14 @@ class UnlearnedModels:
         Copies: as they lie in the file they are not aligned, for which matrix kernels may round otherwise than for the
         base model's, so that equal weights would give unequal losses.
         """
-        loaded = read_tensors(query_file(self.folder, query), self._output(query)["sha256"])
+        path = query_file(self.folder, query)
+        try:
+            loaded = read_tensors(path, self._output(query)["sha256"])
+        except DamagedError as error:
+            again = f"Delete it and run {command_hint(self.folder, 'unlearn')} again, with what was typed for it: only "
+            raise DamagedError(
+                error.subject, error.message.replace(REDO, f"{again}this query is unlearned anew.")
+            ) from error
         return {name: tensor.to(device, copy=True) for name, tensor in loaded.items()}
 
     def per_pass(self, queries: Sequence[int], budget: float) -> int:

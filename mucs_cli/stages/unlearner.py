@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from mucs_cli.attribution.trainable import trainable_names
-from mucs_cli.attribution.unlearning import NonFiniteLossError, UnlearningResult, UnlearningSettings, UnlearningStep
+from mucs_cli.attribution.unlearning import (
+    NonFiniteLossError,
+    OnStep,
+    UnlearningResult,
+    UnlearningSettings,
+    UnlearningStep,
+)
 from mucs_cli.errors import UserError
+from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.work import Work
 
 
@@ -23,9 +30,9 @@ class Unlearner(ABC):
         trainable: names of the parameters that may change.
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
-        on_step: told of every update.
-        stack_size: how many queries are unlearned side by side; ready once it is prepared.
-        num_at_once: how many of them have not stopped yet.
+        on_step: told of every query's every step.
+        num_at_once: how many queries are being unlearned side by side now.
+        checkpoints: states within a query.
         settings: of the updates; ready once it is prepared.
     """
 
@@ -36,9 +43,10 @@ class Unlearner(ABC):
         self.work = work
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
-        self.on_step: Callable[[UnlearningStep], None] | None = None
-        self.stack_size = 1
+        self.on_step: OnStep | None = None
         self.num_at_once = 1
+        folder = work.context.folder("unlearn", work.context.unlearn_variant())
+        self.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
         self._first_gap = 0.0
 
     def prepare(self) -> None:
@@ -73,6 +81,11 @@ class Unlearner(ABC):
         """
         for query in queries:
             yield query, self.result(query)
+            self.checkpoints.finish()
+
+    def stacks(self, queries: Sequence[int]) -> Iterator[list[int]]:
+        """The queries in the order and the stacks in which ``results`` unlearns them, which processes share out."""
+        yield from ([query] for query in queries)
 
     @contextmanager
     def divergence_named(self) -> Iterator[None]:
@@ -96,11 +109,13 @@ class Unlearner(ABC):
         if settings.num_steps is not None:
             return (step.step + 1) / settings.num_steps
         gap, last = settings.bound - step.forget_loss, (1 - settings.tolerance) * settings.bound
-        if step.step == 0:
+        if step.step == 0 or not self._first_gap:  # not the first step of a query that goes on after an interruption
             self._first_gap = gap
         if gap <= last:
             return 1.0
-        by_gap = math.log(self._first_gap / gap) / math.log(self._first_gap / last) if last > 0 else 0.0
+        # side by side, another query may have begun, and ended, at its bound
+        is_known = 0 < last < self._first_gap
+        by_gap = math.log(self._first_gap / gap) / math.log(self._first_gap / last) if is_known else 0.0
         return max((step.step + 1) / (settings.max_steps + 1), by_gap)
 
     @torch.no_grad()

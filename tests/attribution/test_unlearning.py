@@ -216,3 +216,19 @@ def test_monte_carlo_null_loss_uses_at_most_two_hundred_batches_and_differs_for_
     measured = monte_carlo_null_loss(unet, batches(), 0, torch.device("cpu"))
     assert len(seen) == 201
     assert abs(measured - unet.null_loss(float(IMAGES[:2].square().mean()))) > 0.02
+
+
+def test_a_monte_carlo_null_loss_goes_on_from_its_sums_to_the_same_bits():
+    denoiser = model()
+    images = torch.rand(230, 1, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+
+    def batches(first):
+        return [(images[start : start + 100], torch.zeros(100, dtype=torch.long)) for start in range(first, 200, 100)]
+
+    told = []
+    arguments = (0, torch.device("cpu"))
+    whole = monte_carlo_null_loss(denoiser, batches(0), *arguments, on_batch=lambda *sums: told.append(sums))
+    assert [count for _, count in told] == [100, 200]
+    for number, sums in enumerate(told, start=1):
+        assert monte_carlo_null_loss(denoiser, batches(100 * number), *arguments, sums) == whole
+    assert monte_carlo_null_loss(denoiser, batches(100), *arguments) != whole

@@ -453,6 +453,25 @@ def test_a_text_model_that_is_missing_pickled_or_without_projection_is_refused(
     assert "lacks text_projection.weight" in refused(cut)
 
 
+def test_code_that_a_text_model_brings_is_not_run_whatever_the_user_would_say_to_it(
+    tmp_path: Path, coco: Path, text_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(text_encoder, tmp_path / "brings"))
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'acted')!r}).touch()\nEvil = None\n"
+    )
+    path = folder / "tokenizer_config.json"
+    brought = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | brought))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError) as caught:
+        load_dataset(composed("coco", f"data.path={coco}", f"data.text_encoder={folder}"), tmp_path / "run")
+    assert caught.value.subject == "data.text_encoder"
+    assert not (tmp_path / "acted").exists()
+
+
 @pytest.mark.parametrize("value", [[], None, [None]])
 def test_a_picture_without_a_caption_is_refused_by_name(value: object) -> None:
     with pytest.raises(

@@ -209,3 +209,45 @@ def test_the_gradients_of_parts_of_a_batch_add_up_to_its_own_unless_each_part_dr
     assert all(part.abs().max() > 1e-3 for part in parts)
     assert ((whole - sum(parts)).abs().max() < 1e-5) == (dropout == 0)
     assert torch.equal(gradients(3, 1), parts[1])
+
+
+@pytest.mark.parametrize("where", ["update", "measurement"])
+def test_an_interruption_around_a_measurement_leaves_a_state_that_goes_on_to_the_same_bits(where):
+    settings = {"num_steps": 9, "validate_every": 3}
+
+    def measure(denoiser):
+        return float(denoiser.loss(IMAGES[:4], IMAGES[4:8], torch.full((4,), 0.5), LABELS[:4]).detach().mean())
+
+    whole = new_trainer(**settings)
+    train(whole, batch, lambda loss: None, measure)
+    first = new_trainer(**settings)
+
+    def interrupted(denoiser):
+        if first.step == 6:
+            raise KeyboardInterrupt
+        return measure(denoiser)
+
+    if where == "measurement":
+        with pytest.raises(KeyboardInterrupt):
+            train(first, batch, lambda loss: None, interrupted)
+    else:
+        for step in range(6):
+            first.update(*batch(step))
+            if step == 2:
+                first.validate(measure)
+    assert (first.step, len(first.validation)) == (6, 1)
+    second = new_trainer(**settings)
+    second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
+    train(second, batch, lambda loss: None, measure)
+    assert len(whole.validation) == 3
+    assert equal(whole.state(), second.state())
+
+
+def test_a_state_saved_while_the_average_is_measured_holds_the_weights_themselves():
+    trainer = new_trainer()
+    trainer.update(*batch(0))
+    before = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    with trainer.averaged():
+        assert not torch.equal(next(iter(trainer.parameters.values())), next(iter(trainer._own.values())))
+        assert equal(before, trainer.state())
+    assert equal(before, trainer.state())

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import mannwhitneyu, wilcoxon
 
-from mucs_cli.artifacts import sha256_file
+from mucs_cli.artifacts import sha256_file, write_record
 from mucs_cli.evaluation.measures.image_metrics import ssim
 
 NUM_IMAGES, NUM_TARGETS, NUM_CONTROLS, K = 80, 5, 4, 6
@@ -286,7 +286,7 @@ def test_scores_without_a_top_are_refused(run: Path, capsys: pytest.CaptureFixtu
     tensors["score"][3] = 0.5
     save_file(tensors, path)
     manifest["outputs"][path.name]["sha256"] = sha256_file(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_record(folder / "manifest.json", manifest)
     line = fails(capsys, "evaluate", f"run={run}", *SMALL)
     assert "evaluation.variants: got pixel, whose scores of query 3 are all the same" in line
     mucs("evaluate", f"run={run}", *SMALL, "queries.index=[0,1]", "plan=true")

@@ -15,7 +15,7 @@ from evaluation_runs import NUM_IMAGES, NUM_QUERIES, results_of, stamps
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mucs_cli.artifacts import sha256_file
+from mucs_cli.artifacts import sha256_file, write_record
 
 
 def tops(run: Path, variant: str, k: int) -> list[set[int]]:
@@ -170,7 +170,7 @@ def test_a_query_of_equal_scores_has_no_top_and_is_counted(run: Path) -> None:
     tensors["score"][:11] = 0.5
     save_file(tensors, path)
     manifest["outputs"][path.name]["sha256"] = sha256_file(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_record(folder / "manifest.json", manifest)
     mucs("evaluate", f"run={run}")
     entry = across(run, "random")
     assert (entry["num_queries"], entry["num_constant_queries"], entry["overlap"]) == (1, 11, None)

@@ -27,7 +27,7 @@ from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.cli import main
 from mucs_cli.diffusion.sampler import karras_sigmas
 from mucs_cli.rng import generator
-from mucs_cli.stages import ascent, fisher_store
+from mucs_cli.stages import ascent
 
 STEP = ["method=abu", "method.forget_batch_size=10", "method.num_batches=3", "method.fisher_passes=1"]
 SMALL = [*STEP, "method.num_draws=4", "score.batch_size=48"]
@@ -223,7 +223,6 @@ def test_an_interrupted_fisher_goes_on_to_the_same_bits(
 ) -> None:
     whole, cut = run, Path(shutil.copytree(run, tmp_path / "cut"))
     mucs("unlearn", f"run={whole}", *STEP)
-    monkeypatch.setattr(fisher_store, "SAVED_EVERY", 0.0)
     add, calls = DiagonalFisher.add, []
 
     def counted(self: DiagonalFisher, *arguments: object) -> None:

@@ -11,7 +11,7 @@ from commands import fails, mucs, scores_of
 from method_runs import NUM_IMAGES, NUM_QUERIES, PLANTED, stamps
 from safetensors.torch import load_file, save_file
 
-from mucs_cli.artifacts import sha256_file
+from mucs_cli.artifacts import sha256_file, write_record
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def write_scores(run: Path, variant: str, score: np.ndarray) -> None:
     path, manifest = folder / "scores.safetensors", json.loads((folder / "manifest.json").read_text())
     save_file(load_file(path) | {"score": torch.tensor(score)}, path)
     manifest["outputs"][path.name]["sha256"] = sha256_file(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_record(folder / "manifest.json", manifest)
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
@@ -192,7 +192,7 @@ def test_a_damaged_an_unfinished_and_a_foreign_member_are_named(
     path.write_bytes(whole)
     changed = json.loads(recorded)
     changed["inputs"]["model"] = "0" * 64
-    manifest.write_text(json.dumps(changed))
+    write_record(manifest, changed)
     assert "got scores of another model (0000000000000000)" in fails(capsys, *command)
     manifest.rename(folder / "state.json")
     assert "method.members: got 'random', which has not finished;" in fails(capsys, *command)

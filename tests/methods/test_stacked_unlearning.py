@@ -136,10 +136,10 @@ def test_a_stack_that_does_not_fit_is_halved(
 ) -> None:
     whole = mirrored.unlearn_stacked
 
-    def starved(denoiser: Any, trainable: Any, sources: Sequence[Any], *rest: Any) -> Any:
+    def starved(denoiser: Any, trainable: Any, sources: Sequence[Any], *rest: Any, **keywords: Any) -> Any:
         if len(sources) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(denoiser, trainable, sources, *rest)
+        return whole(denoiser, trainable, sources, *rest, **keywords)
 
     monkeypatch.setattr(mirrored, "unlearn_stacked", starved)
     capsys.readouterr()

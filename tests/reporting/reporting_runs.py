@@ -16,6 +16,7 @@ from mucs_cli.artifacts import (
     read_json,
     sha256_file,
     write_json,
+    write_record,
     write_tensors,
     write_text,
 )
@@ -216,7 +217,7 @@ class RunBuilder:
         manifest = read_json(folder / "manifest.json")
         manifest["config"]["method"]["combine"] = "rank_mean"
         manifest["outputs"]["members.json"] = {"sha256": sha256_file(folder / "members.json"), "bytes": 1}
-        write_json(folder / "manifest.json", manifest)
+        write_record(folder / "manifest.json", manifest)
 
     def evaluation(self, name: str = "overlap", charts: Mapping[str, str] | None = None) -> None:
         """``charts``: name -> SVG."""

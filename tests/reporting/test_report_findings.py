@@ -164,7 +164,7 @@ def test_an_unfinished_evaluation_is_named_and_a_damaged_one_refused(finished: R
     assert "they have not finished: evaluations lds." in Page(make_report(finished.run, k=3)).text
     finished.evaluation("overlap")
     (finished.run / "evaluate" / "overlap" / "table.csv").write_text("variant,auc\nmucs,1.0\n")
-    with pytest.raises(UserError, match=r"overlap/table\.csv: is missing or not the file its manifest names"):
+    with pytest.raises(UserError, match=r"overlap/table\.csv: is not the file its manifest names"):
         make_report(finished.run, k=3)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mucs_cli.artifacts import read_json
+from mucs_cli.artifacts import read_json, write_record
 from mucs_cli.composition import compose
 from mucs_cli.config import TRAIN_SECTIONS
 from mucs_cli.errors import UserError
@@ -166,7 +166,9 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         create(tmp_path, "train", "run=file/r", "experiment=digits")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "got no configuration")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read as JSON"), ("[]", "got no JSON object"), ("{}", "got no configuration")]
+)
 def test_a_damaged_run_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.json").write_text(text)
@@ -226,7 +228,7 @@ def test_what_a_run_of_an_earlier_version_lacks_is_as_by_default_and_what_is_typ
     path = made / "r" / "run.json"
     record = read_json(path)
     del record["config"]["speed"], record["config"]["score"]["mode"], record["config"]["score"]["top_k"]
-    path.write_text(json.dumps(record))
+    write_record(path, record)
     assert create(made, "score", "run=r").config.score.mode == "exact"
     fast = create(made, "score", "run=r", "speed=fast", "score.top_k=7")
     assert (fast.config.score.mode, fast.config.score.top_k) == ("adaptive", 7)
@@ -240,3 +242,13 @@ def test_a_run_that_was_made_fast_stays_fast(tmp_path: Path) -> None:
     assert later.score_variant() == "mucs__mode-adaptive"
     assert create(tmp_path, "score", "run=r", "speed=faithful").score_variant() == "mucs"
     assert not create(tmp_path, "score", "run=r", "method=pixel").races
+
+
+def test_a_key_that_an_earlier_version_recorded_under_another_name_keeps_its_value(made: Path) -> None:
+    path = made / "r" / "run.json"
+    record = read_json(path)
+    del record["config"]["checkpoint"]
+    record["config"]["training"]["checkpoint_every_seconds"] = 7.0
+    path.write_text(json.dumps(record))
+    assert create(made, "sample", "run=r").config.checkpoint.every_seconds == 7.0
+    assert create(made, "train", "run=r", "checkpoint.every_seconds=3").config.checkpoint.every_seconds == 3.0

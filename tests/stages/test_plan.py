@@ -122,7 +122,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_finished_steps_are_subtracted(
     tmp_path: Path, planned: list[StagePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = [f"run={tmp_path / 'digits'}", *TRAIN, "training.checkpoint_every_seconds=1e-6"]
+    keys = [f"run={tmp_path / 'digits'}", *TRAIN, "checkpoint.every_seconds=1e-6"]
     with monkeypatch.context() as patch:
         interrupt_after(patch, Trainer, "update", 25)
         assert main(["train", *keys]) == 130

@@ -38,7 +38,7 @@ TRAINING = [
     "training.num_steps=20",
     "training.warmup_steps=4",
     "training.learning_rate=4e-3",
-    "training.checkpoint_every_seconds=1e-6",
+    "checkpoint.every_seconds=1e-6",
 ]
 UNLEARN = ["unlearning.num_steps=12", "unlearning.retain_batch_size=24", "unlearning.forget_batch_size=24"]
 BLOCKS = ["score.batch_size=16", "score.memory_budget=0.01"]
@@ -86,10 +86,11 @@ def worker(process: "subprocess.Popen[str]", rank: int) -> int:
 
 
 def tensors_in(run: Path) -> dict[tuple[str, str], tuple[torch.dtype, torch.Size, bytes]]:
-    """The bits of all tensors below a folder, by file and name; their files' metadata are in no order."""
+    """The bits of all results below a folder, by file and name of the tensor; files' metadata are in no order."""
     return {
         (path.relative_to(run).as_posix(), name): (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
         for path in sorted(run.rglob("*.safetensors"))
+        if "checkpoint" not in path.parts
         for name, tensor in load_file(path).items()
     }
 

@@ -1,0 +1,152 @@
+"""JSON that the tool keeps for itself: run.json, machine.json, manifests and states, sealed against silent damage.
+
+A record holds, as its last key, a checksum of everything else: a flipped byte would otherwise be another learning rate.
+One without a checksum is of an earlier version, and taken as it is. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mucs_cli.errors import DamagedError, UserError
+
+FORMAT_VERSION = 1
+CHECKSUM = "checksum"
+DEEPEST = 50
+"""Levels of a record: far more than any has, and few enough for what walks through it level by level."""
+
+
+def read_json(path: Path) -> Any:
+    """Raises DamagedError where the file is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedError(str(path), f"cannot be read as JSON ({error}). Delete it and rerun its stage.") from error
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """Of a record as it reads back from JSON."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(record)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its checksum."""
+    plain = {key: value for key, value in record.items() if key != CHECKSUM}
+    return plain | {CHECKSUM: checksum(plain)}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A sealed record, without its checksum.
+
+    Raises:
+        UserError: the file is no JSON object, not as it was written, or of a newer file format.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DamagedError(str(path), "got no JSON object; expected a record of mucs. Delete it and rerun its stage.")
+    found = record.pop(CHECKSUM, None)
+    if found is not None and found != checksum(record):
+        raise DamagedError(
+            str(path),
+            "is not as mucs wrote it (its checksum differs): damaged, or edited. Restore it from a copy; or delete it "
+            "and rerun its stage.",
+        )
+    if depth(record) > DEEPEST:
+        raise DamagedError(str(path), f"is nested more than {DEEPEST} deep. Delete it and rerun its stage.")
+    version = record.get("format_version", 0)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(str(path), f"got file format {version!r}; expected at most {FORMAT_VERSION}. Update mucs.")
+    return record
+
+
+def depth(value: Any) -> int:
+    """How many mappings and lists a JSON value has inside each other, and one."""
+    level, found = [value], 0
+    while level:
+        found += 1
+        level = [child for node in level if isinstance(node, dict | list) for child in children(node)]
+    return found
+
+
+def children(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A stage's manifest or state: a record whose parts, as far as there are any, have the form ``Stage`` gives them.
+
+    Raises:
+        UserError: as ``read_record``; or a part has another form, or an output is not in the stage's folder.
+    """
+    record = read_record(path)
+    for part, form in FORMS.items():
+        if part in record and not form(record[part]):
+            raise DamagedError(
+                str(path), f"got {part} of another form than mucs writes. Delete it and rerun its stage."
+            )
+    return record
+
+
+def is_text_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def are_inputs(value: Any) -> bool:
+    """Name -> fingerprint or another fact; or one fingerprint a query."""
+    return isinstance(value, dict) and all(are_queries(item) for item in value.values() if isinstance(item, dict))
+
+
+def are_queries(value: Any) -> bool:
+    """id -> fingerprint."""
+    return is_text_mapping(value) and all(query.isascii() and query.isdigit() for query in value)
+
+
+def are_outputs(value: Any) -> bool:
+    """Path below the stage's folder -> hash and size."""
+    return isinstance(value, dict) and all(
+        is_below(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes", 0), int)
+        for name, entry in value.items()
+    )
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative POSIX path stays in the folder that it starts from."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value names something directly in a folder."""
+    return isinstance(value, str) and len(PurePosixPath(value).parts) == 1 and is_below(value)
+
+
+FORMS = {
+    "config": lambda value: isinstance(value, dict),
+    "inputs": are_inputs,
+    "queries": are_queries,
+    "outputs": are_outputs,
+    "progress": lambda value: isinstance(value, dict),
+    "results": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+    "versions": is_text_mapping,
+    "counts": lambda value: isinstance(value, dict),
+    "seconds": lambda value: isinstance(value, int | float),
+    "ended": lambda value: isinstance(value, str),
+    "unlearn_variant": is_name,
+}
+"""Part of a manifest -> whether a value has its form."""

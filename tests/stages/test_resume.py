@@ -1,0 +1,310 @@
+"""A command that was killed, or interrupted, anywhere, typed again: the same bits, and hardly anything done twice."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import fails, mucs
+from safetensors.torch import load_file
+
+from mucs_cli import artifacts
+from mucs_cli.artifacts import BlockFile, Stage
+from mucs_cli.attribution import unlearning
+from mucs_cli.cli import main
+from mucs_cli.diffusion.training import Trainer
+from mucs_cli.stages import engine
+from mucs_cli.stages.checkpoints import read_checkpoint, write_checkpoint
+
+NUM_QUERIES, NUM_STEPS = 3, 40
+TRAIN = [
+    "experiment=digits",
+    "device=cpu",
+    "data.limit=64",
+    "data.holdout=16",
+    f"training.num_steps={NUM_STEPS}",
+    "training.batch_size=16",
+    "training.warmup_steps=5",
+    "training.validate_every=10",
+]
+SAMPLE = ["sampler.num_steps=2", f"queries.num={NUM_QUERIES}"]
+UNLEARN = [
+    "unlearning.max_steps=8",
+    "unlearning.tolerance=1.0",
+    "unlearning.retain_batch_size=8",
+    "unlearning.forget_batch_size=8",
+]
+STACK = [*UNLEARN, "unlearning.stack_size=2", "unlearning.null_loss=2", "unlearning.forget_weight=3"]
+SCORE = [*UNLEARN, "noise_bank.num_draws=4", "score.batch_size=16"]
+OFTEN = "checkpoint.every_seconds=1e-9"
+
+
+class Killed(BaseException):
+    """As ``kill -9``: nothing of ours sees it."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages, never interrupted; no test changes it."""
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    mucs("run", f"run={run}", *TRAIN, *SAMPLE, *SCORE, "stages=[train,sample,unlearn,score]")
+    mucs("unlearn", f"run={run}", *STACK)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "digits"))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: type[BaseException]) -> None:
+    """The error in the place of the call after so many."""
+    whole, seen = getattr(owner, name), []
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(1)
+        if len(seen) > calls:
+            raise error
+        return whole(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """Grows with every call."""
+    whole, seen = getattr(owner, name), list[int]()
+    monkeypatch.setattr(owner, name, lambda *a, **k: (seen.append(1), whole(*a, **k))[1])
+    return seen
+
+
+def stop(error: type[BaseException], *command: str) -> None:
+    if error is Killed:
+        with pytest.raises(Killed):
+            main(list(command))
+    else:
+        assert main(list(command)) == 130
+
+
+def assert_same_files(run: Path, finished: Path, folder: str) -> None:
+    """Tensors, and the tables and logs without times."""
+    names = [
+        path.relative_to(finished)
+        for path in (finished / folder).rglob("*")
+        if path.suffix in (".safetensors", ".csv") or path.name == "log.jsonl"
+    ]
+    names = [name for name in names if "checkpoint" not in name.parts]
+    assert names
+    for name in names:
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def folder_of(run: Path, stack: bool = False) -> Path:
+    (found,) = [path for path in (run / "unlearn").iterdir() if ("forget_weight" in path.name) is stack]
+    return found
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_training_loses_no_step(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(run)
+    with monkeypatch.context() as patched:
+        stop_after(patched, Trainer, "update", 27, KeyboardInterrupt)
+        stop(KeyboardInterrupt, "train", f"run={run}", *TRAIN)  # with the default checkpoint.every_seconds
+    (saved,) = (run / "train" / "checkpoint").iterdir()
+    assert saved.name == "step_000000027.safetensors"
+    updates = calls_of(monkeypatch, Trainer, "update")
+    mucs("train", f"run={run}", *TRAIN)
+    assert len(updates) == NUM_STEPS - 27
+    assert_same_files(run, finished, "train")
+
+
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run)
+    for _ in range(3):
+        with monkeypatch.context() as patched:
+            stop_after(patched, Trainer, "update", 11, Killed)
+            stop(Killed, "train", f"run={run}", *TRAIN, OFTEN)
+    updates = calls_of(monkeypatch, Trainer, "update")
+    mucs("train", f"run={run}", *TRAIN)
+    assert len(updates) == NUM_STEPS - 33
+    assert_same_files(run, finished, "train")
+
+
+def test_the_last_two_states_stay_and_what_cannot_be_read_gives_way(tmp_path: Path) -> None:
+    state = load_file  # the files are plain safetensors
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path, step, {"step": artifacts.torch.tensor(step)})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step_000000010.safetensors",
+        "step_000000015.safetensors",
+    ]
+    assert int(state(tmp_path / "step_000000015.safetensors")["step"]) == 15
+    (tmp_path / "step_000000015.safetensors").write_bytes(b"cut short")
+    (tmp_path / ".step_000000016.safetensors.1.tmp").write_bytes(b"of a process that was killed")
+    assert int(read_checkpoint(tmp_path)["step"]) == 10
+    write_checkpoint(tmp_path, 12, {"step": artifacts.torch.tensor(12)})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step_000000010.safetensors",
+        "step_000000012.safetensors",
+    ]
+    assert read_checkpoint(tmp_path / "missing") == {}
+
+
+# --- unlearning ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("error", "key"), [(Killed, OFTEN), (KeyboardInterrupt, "checkpoint.every_seconds=60")])
+@pytest.mark.parametrize("steps", [5, 12, 18])  # a query takes eight, and one more batch for the stop rule
+def test_unlearning_goes_on_within_a_query(
+    steps: int, error: type[BaseException], key: str, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "unlearn")
+    with monkeypatch.context() as patched:
+        stop_after(patched, unlearning, "_accumulate_gradient", steps, error)
+        stop(error, "unlearn", f"run={run}", *UNLEARN, key)
+    places = list((folder_of(run) / "checkpoint").iterdir())
+    assert [path.name for path in places] == ([f"query_{steps // 9:04d}"] if steps % 9 or error is not Killed else [])
+    batches = calls_of(monkeypatch, unlearning, "_accumulate_gradient")
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    assert len(batches) == 9 * NUM_QUERIES - steps
+    assert not (folder_of(run) / "checkpoint").exists()
+    assert_same_files(run, finished, f"unlearn/{folder_of(finished).name}")
+
+
+@pytest.mark.parametrize(("error", "key"), [(Killed, OFTEN), (KeyboardInterrupt, "checkpoint.every_seconds=60")])
+def test_stacked_queries_go_on_wherever_they_were_stopped(
+    error: type[BaseException], key: str, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        batches = calls_of(patched, unlearning, "_accumulate_gradient")
+        shutil.rmtree(folder_of(run, stack=True))
+        mucs("unlearn", f"run={run}", *STACK)
+    results = json.loads((folder_of(run, stack=True) / "manifest.json").read_text())["results"]
+    assert results[0]["num_steps"] != results[1]["num_steps"]  # one leaves the stack before the other
+    for steps in range(1, len(batches), 3):
+        shutil.rmtree(folder_of(run, stack=True))
+        with monkeypatch.context() as patched:
+            stop_after(patched, unlearning, "_accumulate_gradient", steps, error)
+            stop(error, "unlearn", f"run={run}", *STACK, key)
+        with monkeypatch.context() as patched:
+            again = calls_of(patched, unlearning, "_accumulate_gradient")
+            mucs("unlearn", f"run={run}", *STACK)
+        assert len(again) <= len(batches) - steps + 1  # the batch at which one of a stack stops counts twice
+        assert_same_files(run, finished, f"unlearn/{folder_of(finished, stack=True).name}")
+
+
+def test_a_kill_between_the_files_of_a_query_of_a_stack_loses_nothing(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for calls in range(1, NUM_QUERIES + 1):
+        shutil.rmtree(folder_of(run, stack=True))
+        with monkeypatch.context() as patched:
+            stop_after(patched, Stage, "save_progress", calls, Killed)  # the first call is of Stage.begin
+            stop(Killed, "unlearn", f"run={run}", *STACK)
+        mucs("unlearn", f"run={run}", *STACK)
+        assert_same_files(run, finished, f"unlearn/{folder_of(finished, stack=True).name}")
+
+
+def test_other_stack_sizes_do_not_go_on_from_a_stack_that_is_too_large(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "unlearn")
+    with monkeypatch.context() as patched:
+        stop_after(patched, unlearning, "_accumulate_gradient", 3, Killed)
+        stop(Killed, "unlearn", f"run={run}", *UNLEARN, "unlearning.stack_size=3", OFTEN)
+    mucs("unlearn", f"run={run}", *UNLEARN, "unlearning.stack_size=1")
+    assert_same_files(run, finished, f"unlearn/{folder_of(finished).name}")
+
+
+# --- scoring, and files that belong together -------------------------------------------------------------------------
+
+
+def test_losses_that_were_put_in_place_just_before_a_kill_are_not_computed_again(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "score")
+    with monkeypatch.context() as patched:
+        stop_after(patched, Stage, "finish", 0, Killed)
+        stop(Killed, "score", f"run={run}", *SCORE)
+    (losses,) = (run / "score" / "_base").glob("*/losses.safetensors")
+    assert not (losses.parent / "manifest.json").exists()
+    passes = calls_of(monkeypatch, engine, "bank_losses")
+    with monkeypatch.context() as patched:
+        stop_after(patched, Stage, "finish", 1, Killed)
+        stop(Killed, "score", f"run={run}", *SCORE)
+    assert len(passes) == 3  # blocks of the queries; none of the base model
+    mucs("score", f"run={run}", *SCORE)
+    assert len(passes) == 3
+    assert_same_files(run, finished, "score")
+    assert not list((run / "score").rglob("*.journal"))
+
+
+@pytest.mark.parametrize("command", ["sample", "score"])
+def test_a_kill_while_queries_are_added_keeps_those_that_there_were(
+    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["queries.num=5"]
+    mucs("sample", f"run={run}", *more) if command == "score" else None
+    mucs("unlearn", f"run={run}", *UNLEARN) if command == "score" else None
+    keys = more if command == "sample" else SCORE
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    mucs(command, f"run={whole}", *keys)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            stop_after(patched, Stage, "finish", 0, Killed)  # the file is there, the manifest names the old one
+            stop(Killed, command, f"run={run}", *keys)
+    mucs(command, f"run={run}", *keys)
+    assert_same_files(run, whole, command)
+    assert not list((run / command).rglob(".*"))
+
+
+def test_a_kill_while_a_stage_is_emptied_leaves_it_under_its_old_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["training.learning_rate=1e-3", "overwrite=true"]
+    with monkeypatch.context() as patched:
+        stop_after(patched, Path, "unlink", 2, Killed)
+        stop(Killed, "train", f"run={run}", *other)
+    assert "training.learning_rate: got 0.001" in fails(capsys, "train", f"run={run}", other[0])
+    mucs("train", f"run={run}", *other)
+    assert json.loads((run / "train" / "manifest.json").read_text())["config"]["training"]["learning_rate"] == 1e-3
+
+
+def test_a_journal_that_was_cut_short_is_gone_on_with(tmp_path: Path) -> None:
+    def opened() -> BlockFile:
+        return BlockFile(tmp_path / "file.safetensors", {"x": ("float32", (4,))}, "identity")
+
+    file = opened()
+    for block in (0, 1):
+        file.arrays["x"][block] = block + 1
+        file.commit(block)
+    size = file.journal.stat().st_size
+    os.truncate(file.journal, size - 4)
+    file = opened()
+    assert file.done == {0}
+    file.arrays["x"][2] = 3
+    file.commit(2)
+    assert opened().done == {0, 2}
+    assert opened().arrays["x"].tolist() == [1, 2, 3, 0]
+
+
+def test_a_file_of_other_blocks_is_begun_afresh_though_it_lies_in_place(tmp_path: Path) -> None:
+    def opened(identity: str) -> BlockFile:
+        return BlockFile(tmp_path / "file.safetensors", {"x": ("float32", (4,))}, identity)
+
+    file = opened("16 images")
+    file.arrays["x"][:] = 7
+    file.commit(0)
+    file.finish(keep_journal=True)
+    assert opened("16 images").done == {0}
+    assert not (tmp_path / "file.safetensors").exists()
+    opened("16 images").finish(keep_journal=True)
+    other = opened("32 images")
+    assert other.done == set()
+    assert other.arrays["x"].tolist() == [0, 0, 0, 0]
+    assert opened("16 images").done == set()  # the journal went before the file did

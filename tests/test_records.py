@@ -1,0 +1,289 @@
+"""Records, tensor files and files in the making: damage is noticed, wherever it hits."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mucs_cli.artifacts import BlockFile, Stage, empty, map_tensor, read_tensors, write_record, write_tensors
+from mucs_cli.errors import DamagedError, UserError
+from mucs_cli.records import read_manifest, read_record
+
+RECORD: dict[str, Any] = {
+    "format_version": 1,
+    "config": {"training": {"learning_rate": 0.004, "ema": None, "name": "dächer", "nan": float("inf")}},
+    "queries": {"0": "a" * 64},
+    "outputs": {"x.safetensors": {"sha256": "b" * 64, "bytes": 12}},
+    "seconds": 1.5,
+}
+
+
+def test_every_byte_that_flips_in_a_record_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    path, chance = tmp_path / "manifest.json", random.Random(0)
+    write_record(path, RECORD)
+    whole, noticed = path.read_bytes(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        try:
+            found = read_manifest(path)
+        except DamagedError as error:
+            assert error.subject == str(path)
+            noticed += 1
+        else:
+            assert {key: found[key] for key in RECORD} == RECORD
+    assert noticed > 0.8 * len(whole)
+
+
+def test_a_record_reads_back_without_its_checksum_and_one_of_an_earlier_version_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    write_record(path, RECORD)
+    assert read_record(path) == RECORD
+    path.write_text(json.dumps(RECORD))
+    assert read_record(path) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("outputs", {"../x": {"sha256": "a", "bytes": 1}}),
+        ("outputs", {"/etc/passwd": {"sha256": "a", "bytes": 1}}),
+        ("outputs", ["x"]),
+        ("outputs", {"x": {"sha256": None}}),
+        ("queries", {"one": "a"}),
+        ("queries", {"1": 5}),
+        ("results", [1]),
+        ("config", []),
+        ("unlearn_variant", "../../elsewhere"),
+        ("unlearn_variant", "a/b"),
+        ("seconds", "long"),
+    ],
+)
+def test_a_manifest_of_another_form_or_that_leads_out_of_its_folder_is_refused(
+    tmp_path: Path, part: str, value: Any
+) -> None:
+    write_record(tmp_path / "manifest.json", RECORD | {part: value})
+    with pytest.raises(UserError, match=f"got {part} of another form"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "5", '{"a": ' * 60 + "1" + "}" * 60, "\x00", ""])
+def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError):
+        read_manifest(tmp_path / "manifest.json")
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_file_without_a_manifest_tells_by_itself_that_a_bit_flipped(tmp_path: Path) -> None:
+    path, chance = tmp_path / "state.safetensors", random.Random(0)
+    tensors = {
+        "a": torch.randn(5, 3),
+        "empty": torch.zeros(0, 2),
+        "step": torch.tensor(7),
+        "half": torch.ones(3).bfloat16(),
+    }
+    write_tensors(path, tensors)
+    whole = path.read_bytes()
+    assert {name: t.tolist() for name, t in read_tensors(path).items()} == {n: t.tolist() for n, t in tensors.items()}
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(DamagedError, match="checksum differs"):
+            read_tensors(path)
+    for place in range(start):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        try:
+            found = read_tensors(path)
+        except DamagedError:
+            continue
+        assert {name: t.tolist() for name, t in found.items()} == {n: t.tolist() for n, t in tensors.items()}, place
+
+
+def header(entry: Any, length: int | None = None, data: bytes = b"\0" * 24) -> bytes:
+    encoded = json.dumps({"x": entry}).encode() if not isinstance(entry, bytes) else entry
+    return (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data
+
+
+GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        header(GOOD, 2**40),
+        header(GOOD, 2**63),
+        header(GOOD, data=b"\0" * 23),
+        header(GOOD | {"shape": [2, 4]}),
+        header(GOOD | {"shape": [-2, -3]}),
+        header(GOOD | {"shape": [2**40, 2**40]}),
+        header(GOOD | {"shape": [True, 6]}),
+        header(GOOD | {"shape": "ab"}),
+        header(GOOD | {"data_offsets": [-24, 0]}),
+        header(GOOD | {"data_offsets": [0]}),
+        header(GOOD | {"data_offsets": [24, 48]}),
+        header(GOOD | {"dtype": "F99"}),
+        header(GOOD | {"dtype": ["F32"]}),
+        header([]),
+        header(5),
+        header(b"[]"),
+        header(b"[" * 100_000),
+        header(b'{"y": 1}'),
+    ],
+)
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_wrong_header_is_refused_and_the_file_left_as_it_is(tmp_path: Path, content: bytes, writable: bool) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.safetensors: cannot be read"):
+        map_tensor(path, "x", writable)
+    assert path.read_bytes() == content
+    path.write_bytes(header(GOOD))
+    assert map_tensor(path, "x").shape == (2, 3)
+
+
+# --- files filled block by block -------------------------------------------------------------------------------------
+
+BLOCKS = 4
+
+
+def begun(path: Path, done: int, identity: str = "one") -> BlockFile:
+    file = BlockFile(path, {"x": ("float32", (BLOCKS, 3))}, identity)
+    for block in range(done):
+        file.arrays["x"][block] = block + 1
+        file.commit(block)
+    return file
+
+
+def test_what_was_cut_short_in_the_making_is_begun_afresh(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    begun(path, 3)
+    assert begun(path, 0).done == {0, 1, 2}
+    partial = path.with_name("x.safetensors.partial")
+    partial.write_bytes(partial.read_bytes()[:-5])
+    assert begun(path, 0).done == set()
+
+
+def test_a_journal_that_was_cut_short_twice_loses_the_cut_blocks_only(tmp_path: Path) -> None:
+    path, journal = tmp_path / "x.safetensors", tmp_path / "x.safetensors.journal"
+    begun(path, 2)
+    journal.write_text(journal.read_text()[:-9])
+    file = begun(path, 0)
+    assert file.done == {0}
+    file.arrays["x"][2] = 3
+    file.commit(2)
+    assert begun(path, 0).done == {0, 2}
+
+
+def test_a_journal_never_names_a_block_that_was_not_done_whichever_byte_flips(tmp_path: Path) -> None:
+    path, journal = tmp_path / "x.safetensors", tmp_path / "x.safetensors.journal"
+    begun(path, 2)
+    whole, lost = journal.read_bytes(), 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            journal.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            file = BlockFile.__new__(BlockFile)
+            file.identity, file.journal, file.partial = "one", journal, path.with_name("x.safetensors.partial")
+            done = file._finished_blocks(file.partial.stat().st_size)
+            assert done <= {0, 1}
+            lost += done != {0, 1}
+    assert lost
+
+
+def test_a_link_in_the_place_of_a_file_in_the_making_is_not_written_through(tmp_path: Path) -> None:
+    path, victim = tmp_path / "x.safetensors", tmp_path / "victim"
+    for name in ("x.safetensors.partial", "x.safetensors.journal"):
+        victim.write_text("precious")
+        (tmp_path / name).symlink_to(victim)
+        begun(path, 1)
+        assert victim.read_text() == "precious"
+        path.with_name("x.safetensors.journal").unlink()
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def stage(folder: Path, **arguments: Any) -> Stage:
+    return Stage(folder, "score", {"config": {"a": arguments.pop("a", 1)}, "inputs": {}}, **arguments)
+
+
+def finished(folder: Path) -> Path:
+    made = stage(folder)
+    assert not made.is_done()
+    made.begin()
+    write_tensors(folder / "x.safetensors", {"x": torch.ones(3)})
+    made.finish({}, [folder / "x.safetensors"])
+    return folder / "x.safetensors"
+
+
+def test_a_stage_whose_output_is_gone_or_cut_short_is_not_up_to_date(tmp_path: Path) -> None:
+    path = finished(tmp_path / "score")
+    assert stage(tmp_path / "score").is_done()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"x\.safetensors: is gone or not whole.*overwrite=true"):
+        stage(tmp_path / "score").is_done()
+    path.unlink()
+    with pytest.raises(UserError, match=r"x\.safetensors: is gone or not whole"):
+        stage(tmp_path / "score").is_done()
+    assert not stage(tmp_path / "score", overwrite=True).is_done()
+    assert not (tmp_path / "score").exists()
+
+
+@pytest.mark.parametrize("what", ["x.safetensors", "manifest.json"])
+def test_a_cache_that_is_damaged_is_thrown_away_and_a_result_is_not(tmp_path: Path, what: str) -> None:
+    finished(tmp_path / "score")
+    path = tmp_path / "score" / what
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    if what == "manifest.json":
+        with pytest.raises(UserError, match="manifest"):
+            stage(tmp_path / "score").is_done()
+    assert path.read_bytes() == content
+    assert not stage(tmp_path / "score", replace=True).is_done(claim=False)
+    assert path.read_bytes() == content
+    assert not stage(tmp_path / "score", replace=True).is_done()
+    assert not path.exists()
+
+
+def test_a_stage_folder_that_is_a_link_is_emptied_where_it_leads(tmp_path: Path) -> None:
+    finished(tmp_path / "disk")
+    (tmp_path / "disk" / "below").mkdir()
+    (tmp_path / "score").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "out").symlink_to(tmp_path)
+    empty(tmp_path / "score")
+    assert (tmp_path / "score").is_symlink() and list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_clock_that_is_set_back_gives_no_negative_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path / "score")
+    made.begin()
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert 0 <= made.finish({}, [])["seconds"] < 60
+
+
+def test_queries_whose_files_are_gone_are_done_again_and_the_others_kept(tmp_path: Path) -> None:
+    def of(queries: range) -> Stage:
+        prints = {query: str(query) for query in queries}
+        return stage(tmp_path / "u", queries=prints, file_of=lambda query: f"query_{query}")
+
+    made = of(range(3))
+    assert not made.is_done()
+    made.begin()
+    for query in range(3):
+        (tmp_path / "u" / f"query_{query}").write_text("weights")
+    made.finish({}, [tmp_path / "u" / f"query_{query}" for query in range(3)])
+    assert of(range(3)).is_done()
+    (tmp_path / "u" / "query_1").write_text("weig")
+    assert of(range(2, 3)).is_done()
+    again = of(range(3))
+    assert not again.is_done()
+    assert again.known_queries() == {0: "0", 2: "2"}
+    assert np.array_equal(sorted(again.previous["outputs"]), ["query_0", "query_2"])
