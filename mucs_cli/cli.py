@@ -75,8 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         if processes.has_failed():  # the launcher ends the others with the one that failed
             return 2
         if processes.speaks():
-            again = shlex.join(["mucs", *arguments])
-            print(f"mucs: interrupted; what is finished is kept. To go on, run it again: {again}", file=sys.stderr)
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            again = "it again: " + shlex.join(["mucs", *arguments]) if alone else "the same command again"
+            print(f"mucs: interrupted; what is finished is kept. To go on, run {again}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,7 +59,7 @@ def hold(folder: Path, wait: bool) -> None:
     Raises:
         UserError: another process has it and is not to be waited for.
     """
-    if not is_held_here(folder) and not acquire(folder, wait):
+    if processes.is_first() and not is_held_here(folder) and not acquire(folder, wait):
         raise UserError(
             "overwrite",
             f"got true, and {holder_text(lock_path(folder))} is at {folder}. Stop it first, or wait until it is done.",

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from mucs_cli import processes
 from mucs_cli.artifacts import map_tensor, read_tensors, write_tensors
 from mucs_cli.errors import UserError
 from mucs_cli.interruption import INTERRUPTIONS
@@ -98,7 +99,8 @@ class QueryCheckpoints:
     def save(self) -> None:
         """Raises UserError where it cannot be written."""
         assert self._state is not None
-        write_checkpoint(self._place, *self._state())
+        with processes.alone():  # the queries of this process are its own
+            write_checkpoint(self._place, *self._state())
         self._saved = time.monotonic()
 
     def finish(self) -> None:
@@ -111,7 +113,11 @@ class QueryCheckpoints:
         """The folders, and the query or the stack of each."""
         found: dict[Path, int | list[int]] = {}
         for place in sorted(self.folder.glob("query_*")):
-            for path in sorted(place.glob("step_*.safetensors"), reverse=True):
+            try:
+                paths = sorted(place.glob("step_*.safetensors"), reverse=True)
+            except FileNotFoundError:  # another process has finished it meanwhile
+                continue
+            for path in paths:
                 try:
                     found[place] = map_tensor(path, "query_id").tolist()
                     break

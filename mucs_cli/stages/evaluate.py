@@ -40,28 +40,22 @@ def run(context: Context) -> None:
                 if context.config.evaluation.worker is not None:
                     log.info("evaluate: all models are trained; run it without evaluation.worker for the results")
                     return
-        facts = {"processes": processes.count()}
-        processes.on_first(lambda: finish(evaluator, stage, facts))
+        if not stage.is_done():
+            stage.begin()
+            facts = {"processes": processes.count()}
+            with stage_log(folder):
+                processes.on_first(lambda: finish(evaluator, stage, facts))
         log.info("evaluate: results in %s", folder)
     processes.on_first(lambda: print_results(evaluator, folder))
 
 
 def finish(evaluator: Evaluator, stage: Stage, facts: dict[str, Any]) -> None:
-    """Evaluates, and writes the results and the manifest, unless another process has meanwhile.
-
-    Args:
-        evaluator: its models are trained.
-        stage: of the results.
-        facts: for the manifest, beside the evaluator's.
-    """
-    if stage.is_done():
-        return
-    stage.begin()
-    with stage_log(stage.folder):
-        stage.finish({**evaluator.facts(), **facts}, write_results(evaluator, evaluator.evaluate(), stage.folder))
+    """Evaluates, and writes the results and the manifest, with more facts beside the evaluator's."""
+    stage.finish({**evaluator.facts(), **facts}, write_results(evaluator, evaluator.evaluate(), stage.folder))
 
 
 def print_results(evaluator: Evaluator, folder: Path) -> None:
+    """The table of the finished results."""
     results = json.loads(read_file(folder, require_manifest(folder, "evaluate"), RESULTS))
     print_table(evaluator.table(results), sys.stdout)
 

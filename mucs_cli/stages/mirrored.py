@@ -137,6 +137,13 @@ class MirroredUnlearner(Unlearner):
             except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
                 self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")
 
+    def stacks(self, queries: Sequence[int]) -> Iterator[list[int]]:
+        left = list(queries)
+        while left:
+            stack = self._begun_with(left[0]) or left[: self.stack_size]
+            yield [query for query in left if query in stack]
+            left = [query for query in left if query not in stack]
+
     def _begun_with(self, query: int) -> list[int]:
         """The stack in which an interrupted attempt began the query, where stacks may be as large now."""
         begun = self.checkpoints.stack_of(query)

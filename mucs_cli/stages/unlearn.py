@@ -72,9 +72,7 @@ def run(context: Context) -> None:
                         "text": describe(result),
                     }
 
-            # in the stacks in which one process would unlearn them
-            size = unlearner.stack_size
-            stacks = [todo[start : start + size] for start in range(0, len(todo), size)]
+            stacks = processes.on_first(lambda: list(unlearner.stacks(todo)))
             for _, told in processes.share_out(stacks, unlearned):
                 query, summary = told["query"], told["summary"]
                 with (folder / "log.jsonl").open("a") as file:

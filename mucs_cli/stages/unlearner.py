@@ -31,8 +31,7 @@ class Unlearner(ABC):
         inputs: fingerprints of what it depends on beyond model, data, queries and configuration.
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every query's every step.
-        stack_size: how many queries are unlearned side by side; ready once it is prepared.
-        num_at_once: how many of them have not stopped yet.
+        num_at_once: how many queries are being unlearned side by side now.
         checkpoints: states within a query.
         settings: of the updates; ready once it is prepared.
     """
@@ -45,7 +44,6 @@ class Unlearner(ABC):
         self.trainable = trainable
         self.inputs: dict[str, Any] = {}
         self.on_step: OnStep | None = None
-        self.stack_size = 1
         self.num_at_once = 1
         folder = work.context.folder("unlearn", work.context.unlearn_variant())
         self.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
@@ -84,6 +82,10 @@ class Unlearner(ABC):
         for query in queries:
             yield query, self.result(query)
             self.checkpoints.finish()
+
+    def stacks(self, queries: Sequence[int]) -> Iterator[list[int]]:
+        """The queries in the order and the stacks in which ``results`` unlearns them, which processes share out."""
+        yield from ([query] for query in queries)
 
     @contextmanager
     def divergence_named(self) -> Iterator[None]:

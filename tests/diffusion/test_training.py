@@ -190,6 +190,27 @@ def test_a_resumed_run_remembers_its_measurements(tmp_path):
     assert equal(second.result(), whole.result())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_gradients_of_parts_of_a_batch_add_up_to_its_own_unless_each_part_drops_out_by_itself(monkeypatch, dropout):
+    def gradients(count, rank):
+        trainer = new_trainer(micro_batch_size=3, augmentation=0.3, horizontal_flip=True)
+        for module in trainer.denoiser.network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        with torch.no_grad():  # what starts at zero would hide the rest
+            for i, parameter in enumerate(trainer.parameters.values()):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        with processes.seeing(processes.View(count, rank)):
+            trainer.update(*batch(0))
+        return torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
+
+    monkeypatch.setattr(processes, "sum_up", lambda tensor: None)
+    whole, parts = gradients(1, 0), [gradients(3, rank) for rank in range(3)]
+    assert all(part.abs().max() > 1e-3 for part in parts)
+    assert ((whole - sum(parts)).abs().max() < 1e-5) == (dropout == 0)
+    assert torch.equal(gradients(3, 1), parts[1])
+
+
 @pytest.mark.parametrize("where", ["update", "measurement"])
 def test_an_interruption_around_a_measurement_leaves_a_state_that_goes_on_to_the_same_bits(where):
     settings = {"num_steps": 9, "validate_every": 3}
@@ -230,24 +251,3 @@ def test_a_state_saved_while_the_average_is_measured_holds_the_weights_themselve
         assert not torch.equal(next(iter(trainer.parameters.values())), next(iter(trainer._own.values())))
         assert equal(before, trainer.state())
     assert equal(before, trainer.state())
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_gradients_of_parts_of_a_batch_add_up_to_its_own_unless_each_part_drops_out_by_itself(monkeypatch, dropout):
-    def gradients(count, rank):
-        trainer = new_trainer(micro_batch_size=3, augmentation=0.3, horizontal_flip=True)
-        for module in trainer.denoiser.network.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = dropout
-        with torch.no_grad():  # what starts at zero would hide the rest
-            for i, parameter in enumerate(trainer.parameters.values()):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-        with processes.seeing(processes.View(count, rank)):
-            trainer.update(*batch(0))
-        return torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
-
-    monkeypatch.setattr(processes, "sum_up", lambda tensor: None)
-    whole, parts = gradients(1, 0), [gradients(3, rank) for rank in range(3)]
-    assert all(part.abs().max() > 1e-3 for part in parts)
-    assert ((whole - sum(parts)).abs().max() < 1e-5) == (dropout == 0)
-    assert torch.equal(gradients(3, 1), parts[1])

@@ -86,11 +86,11 @@ def worker(process: "subprocess.Popen[str]", rank: int) -> int:
 
 
 def tensors_in(run: Path) -> dict[tuple[str, str], tuple[torch.dtype, torch.Size, bytes]]:
-    """The bits of all finished tensors below a folder, by file and name; their files' metadata are in no order."""
+    """The bits of all results below a folder, by file and name of the tensor; files' metadata are in no order."""
     return {
         (path.relative_to(run).as_posix(), name): (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
         for path in sorted(run.rglob("*.safetensors"))
-        if "checkpoint" not in path.parts  # which hold seconds, too
+        if "checkpoint" not in path.parts
         for name, tensor in load_file(path).items()
     }
 
