@@ -32,6 +32,12 @@ WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "
 FOLDERS = ("-cp", "--config-path", "-cd", "--config-dir")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
+MODES = {"-m": "-m", "--multirun": "-m", "-r": "-r", "--run": "-r", "-c": "--cfg", "--cfg": "--cfg", "--info": "--info"}
+"""Flags of which one may be given -> their usual names."""
+
+ERROR = "mucs: error: "
+"""What stands before the one line of an error."""
+
 MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE),
@@ -42,10 +48,13 @@ PERMISSION = (errno.EACCES, errno.EPERM)
 
 
 class CommandFailed(SystemExit):
-    """A user's error inside a command; it passes through Hydra and its launchers without their own messages."""
+    """A user's error inside a command; it passes through Hydra and its launchers without their own messages.
+
+    A launcher's job that it ends prints the line, so that the job's log has it.
+    """
 
     def __init__(self, line: str):
-        super().__init__(line)
+        super().__init__(ERROR + line)
         self.line = line
 
 
@@ -67,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, CommandFailed) as error:
         line = error.line if isinstance(error, CommandFailed) else str(error)
         if processes.claim_failure():
-            print(f"mucs: error: {printable(line)}", file=sys.stderr)
+            print(ERROR + printable(line), file=sys.stderr)
         return 2
     except processes.Abandoned:
         return 2
@@ -140,6 +149,9 @@ def split_flags(command: str, arguments: list[str]) -> tuple[list[str], list[str
         else:
             near = did_you_mean(name, (*SWITCHES, *WITH_VALUE, "--info"))
             raise UserError(name, f"no such flag of mucs {command}.{near or f' See mucs {command} --help.'}")
+    modes = [MODES[word] for word in flags if word in MODES]
+    if len(set(modes)) > 1:
+        raise UserError(modes[1], f"got beside {modes[0]}; expected one of {', '.join(dict.fromkeys(MODES.values()))}.")
     for position, word in enumerate(flags[:-1]):
         if word in FOLDERS:
             flags[position + 1] = user_folder(word, flags[position + 1])
@@ -199,6 +211,26 @@ def run_application(command: str, flags: list[str], typed: list[str]) -> None:
         if hasattr(error, "raised_by_command"):
             raise
         raise overrides.as_user_error(error, command, parsed) from error
+    except Exception as error:
+        if type(error).__name__ != "UncompletedJobError":  # submitit's, which need not be installed
+            raise
+        raise job_error(str(error)) from error
+
+
+def job_error(text: str) -> UserError | CommandFailed:
+    """Why a job of submitit has no result: the line in its log, or that it was killed.
+
+    Args:
+        text: submitit's message, with the end of the log.
+    """
+    lines = [line.removeprefix(ERROR) for line in text.splitlines() if line.startswith(ERROR)]
+    if lines:
+        return CommandFailed(lines[-1])
+    return UserError(
+        "hydra.launcher",
+        "a job has ended without a result, perhaps killed for its memory or time; its log is below "
+        "hydra.launcher.submitit_folder. What is finished is kept: run it again.",
+    )
 
 
 def hydra_main(command: str, arguments: list[str], task: Any) -> None:

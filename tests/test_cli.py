@@ -17,7 +17,7 @@ from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from mucs_cli import __version__
-from mucs_cli.cli import main
+from mucs_cli.cli import job_error, main
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, known_keys
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.methods import METHODS
@@ -141,6 +141,7 @@ def test_help_has_a_methods_key_again_only_where_its_default_meaning_or_range_di
         ("train run=r queries.num=0", "queries.num: mucs train does not use it; give it to mucs sample."),
         ("run run=r queries.num=0", "queries.num: got 0; expected at least 1"),
         ("train run=r device=tpu", "device: got 'tpu'; expected one of auto, cpu, cuda."),
+        ("train run=r -m --cfg job", "--cfg: got beside -m; expected one of -m, -r, --cfg, --info."),
         ("-sc install=fish", "-sc: got install=fish; expected install=bash."),
         ("status run=r", "run: got {here}/r; expected the folder of a run."),
         ("unlearn run=r", "{here}/r/run.json: not found;"),
@@ -191,6 +192,12 @@ def test_an_error_in_a_job_of_submitit_is_one_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_job_that_was_killed_is_one_line() -> None:
+    text = "Job 17 (task: 0) with path /r/.submitit/17/17_0_result.pkl\nhas not produced any output (state: FAILED)"
+    line = str(job_error(text))
+    assert line.startswith("hydra.launcher: a job has ended without a result") and "\n" not in line
+
+
 def test_a_launcher_that_is_not_installed_is_named_with_what_brings_it() -> None:
     missing = MissingConfigException("In 'hydra/launcher/slurm': Could not find", "hydra/launcher/submitit_slurm")
     line = str(as_user_error(missing, "unlearn", []))
@@ -200,7 +207,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_what_brings_it() -> None
 def test_the_settings_for_slurm_compose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra submitit")
     slurm = ["hydra/launcher=slurm", "hydra.launcher.timeout_min=30"]
-    assert main(["unlearn", "-m", "run=r", "seed=1,2", *slurm, "--cfg", "hydra", "-p", "hydra.launcher"]) == 0
+    assert main(["unlearn", "run=r", *slurm, "--cfg", "hydra", "-p", "hydra.launcher"]) == 0
     composed = yaml.safe_load(capsys.readouterr().out)
     assert composed["_target_"].endswith("SlurmLauncher")
     assert (composed["timeout_min"], composed["max_num_timeout"]) == (30, 100)
