@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 UNLEARNING = [
-    "unlearning.max_steps=60",
+    "unlearning.max_steps=30",
     "unlearning.retain_batch_size=32",
     "unlearning.forget_batch_size=32",
 ]
-SCORING = ["noise_bank.num_draws=20", "score.batch_size=16"]
+SCORING = ["noise_bank.num_draws=10", "score.batch_size=16"]
 COMMANDS = {
     "attribution": [
         "experiment=digits",
@@ -42,10 +42,10 @@ COMMANDS = {
         "device=cpu",
         "data.limit=96",
         "data.holdout=16",
-        "training.num_steps=300",
+        "training.num_steps=120",
         "training.batch_size=32",
         "training.warmup_steps=5",
-        "training.validate_every=50",
+        "training.validate_every=20",
         "queries.num=3",
         "sampler.num_steps=4",
         "unlearning.tolerance=1.0",
