@@ -148,7 +148,7 @@ def test_result_config_leaves_out_what_cannot_change_a_number() -> None:
     config = validate(compose("run", ["run=x"]), RunCommandConfig)
     assert "micro_batch_size" not in result_config(config.training)
     assert result_config(config.training)["num_steps"] == 200_000
-    assert set(result_config(config.score)) == {"mode", "top_k", "confidence"}
+    assert set(result_config(config.score)) == {"mode", "top_k", "confidence", "precision"}
 
 
 def test_the_conf_folder_is_a_package_with_all_its_files() -> None:
