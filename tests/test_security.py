@@ -21,7 +21,7 @@ from mucs_cli.diffusion.checkpoint import load_denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.records import read_record
 from mucs_cli.reporting.tables import Table, print_table
-from mucs_cli.runtime import log, log_file
+from mucs_cli.runtime import log, stage_log
 
 HOSTILE = "=cmd|' /C calc'!A0\x1b]0;owned\x07"
 """A formula for a spreadsheet, and a sequence that renames a terminal."""
@@ -221,7 +221,7 @@ def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
     victim.write_text("precious\n")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "log.txt").symlink_to(victim)
-    with pytest.raises(OSError), log_file(tmp_path / "train" / "log.txt"):
+    with pytest.raises(OSError), stage_log(tmp_path / "train"):
         log.info("rm -rf")
     assert victim.read_text() == "precious\n"
 

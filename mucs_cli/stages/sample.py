@@ -16,7 +16,9 @@ from mucs_cli.artifacts import (
     check_file,
     empty,
     fingerprint,
+    sha256_file,
     write_atomic,
+    write_record,
     write_tensors,
     write_text,
 )
@@ -177,7 +179,8 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
         queries={query: prints[position] for query, position in enumerate(order)},
     )
     if stage.is_done():
-        log.info("sample: up to date (%s)", folder)
+        if not take_over_metadata(folder, columns_of(found, order)):
+            log.info("sample: up to date (%s)", folder)
         return
     stage.begin()
     with stage_log(folder):
@@ -188,10 +191,27 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
             tensors = {"image": encode(inputs.model.codec, picture, inputs.device), "picture": picture}
         if condition is not None:
             tensors["condition"] = condition[new]
-        columns = {"file": [], **found.metadata} | {"file": found.file}
-        columns = {name: [cells[i] for i in new] for name, cells in columns.items() if name != "query"}
-        queries = NewQueries(tensors, [prints[position] for position in new], columns)
+        queries = NewQueries(tensors, [prints[position] for position in new], columns_of(found, new))
         write_queries(stage, queries, {"folder": config.path})
+
+
+def columns_of(found: FolderQueries, order: list[int]) -> dict[str, list[str]]:
+    """The columns of queries.csv, for the folder's pictures at these positions."""
+    columns = {"file": [], **found.metadata} | {"file": found.file}
+    return {name: [cells[i] for i in order] for name, cells in columns.items() if name != "query"}
+
+
+def take_over_metadata(folder: Path, columns: dict[str, list[str]]) -> bool:
+    """Whether the metadata of the folder's pictures has changed since they were read; queries.csv has it now."""
+    path, manifest = folder / "queries.csv", recorded(folder)
+    text = columns_text(columns)
+    if text == path.read_text(encoding="utf-8"):
+        return False
+    write_text(path, text)
+    manifest["outputs"][path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    write_record(folder / "manifest.json", manifest)
+    log.info("sample: the queries' metadata has changed; %s has it now", path)
+    return True
 
 
 def condition_hint(inputs: Inputs) -> str:
@@ -260,7 +280,7 @@ def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
     write_grid(tensors.get("picture", tensors["image"]), folder / "grid.png")
     outputs = [path, folder / "grid.png"]
     if columns:
-        write_columns(folder / "queries.csv", columns)
+        write_text(folder / "queries.csv", columns_text(columns))
         outputs.append(folder / "queries.csv")
     stage.finish({**facts, "counts": {"queries": len(stage.queries)}}, outputs)
     added = f", {len(new.fingerprints)} of them new" if known else ""
@@ -277,10 +297,10 @@ def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[st
     return {name: [row.get(name, "") for row in rows] + new.get(name, [""] * length) for name in names}
 
 
-def write_columns(path: Path, columns: dict[str, list[str]]) -> None:
-    """``query`` and the columns, a row a query."""
+def columns_text(columns: dict[str, list[str]]) -> str:
+    """As CSV: ``query`` and the columns, a row a query."""
     rows = [[query, *cells] for query, cells in enumerate(zip(*columns.values(), strict=True))]
-    write_text(path, csv_text([["query", *columns], *rows]))
+    return csv_text([["query", *columns], *rows])
 
 
 def write_grid(image: Tensor, path: Path, columns: int = 10, gap: int = 1) -> None:

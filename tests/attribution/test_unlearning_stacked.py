@@ -159,7 +159,7 @@ def test_a_query_that_is_already_forgotten_gets_no_update_and_the_others_go_on()
 def test_a_result_comes_as_soon_as_its_query_has_stopped():
     denoiser, steps = dit(), []
     sources = [batch_source(denoiser, *query_of(q, denoiser), retain_batch(q, denoiser), RULE, 0, q) for q in QUERY_IDS]
-    for query_id, result in unlearn_stacked(denoiser, names_of(denoiser), sources, RULE, steps.append):
+    for query_id, result in unlearn_stacked(denoiser, names_of(denoiser), sources, RULE, lambda _, s: steps.append(s)):
         assert max(entry.step for entry in steps) == result.num_steps, query_id
     assert len(steps) > 4
 

@@ -111,6 +111,7 @@ def test_every_local_form_gives_the_same_images_classes_and_metadata(
         "images.safetensors",
         "index.csv",
         "manifest.json",
+        "progress.jsonl",
     ]
 
 

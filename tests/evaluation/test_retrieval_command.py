@@ -250,10 +250,19 @@ def test_the_class_of_a_query_that_the_model_does_not_take_is_its_folders(folder
 def test_causes_that_were_corrected_are_evaluated_again_without_overwriting(folder_run: Path) -> None:
     keys = ["evaluation=retrieval", "evaluation.relevant=causes", "evaluation.column=causes"]
     mucs("evaluate", f"run={folder_run}", *keys)
-    path = folder_run / "sample" / "queries.csv"
-    path.write_text(path.read_text().replace("even/04.png", "odd/03.png;even/04.png"))
+    name_causes(folder_run, "odd/03.png;even/04.png")
     mucs("evaluate", f"run={folder_run}", *keys)
     assert sum(results_of(folder_run, "retrieval")["num_relevant"].values()) == 7
+
+
+def name_causes(run: Path, causes: str) -> None:
+    """In place of even/04.png, in a copy of the queries' folder."""
+    queries = Path(json.loads((run / "sample" / "manifest.json").read_text())["folder"])
+    changed = Path(shutil.copytree(queries, run.parent / "queries"))
+    text = (changed / "metadata.csv").read_text()
+    assert "even/04.png" in text
+    (changed / "metadata.csv").write_text(text.replace("even/04.png", causes))
+    mucs("sample", f"run={run}", "queries=folder", f"queries.path={changed}")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,6 @@ def test_columns_and_cells_that_name_nothing_are_named(
 def test_a_cause_that_is_held_out_is_no_training_image(folder_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = csv.DictReader((folder_run / "data" / "index.csv").open(newline=""))
     held_out = next(row["file"] for row in rows if row["split"] == "holdout")
-    path = folder_run / "sample" / "queries.csv"
-    path.write_text(path.read_text().replace("even/04.png", held_out))
+    name_causes(folder_run, held_out)
     keys = ["evaluation=retrieval", "evaluation.relevant=causes", "evaluation.column=causes"]
     assert f"got '{held_out}' in causes" in fails(capsys, "evaluate", f"run={folder_run}", *keys)

@@ -1,5 +1,6 @@
 """journey_trak: the query's gradients along its own trajectory."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from gradient_runs import NUM_DRAWS, NUM_IMAGES, NUM_QUERIES, QUICK, digits, mak
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mucs_cli.artifacts import sha256_file
+from mucs_cli.artifacts import sha256_file, write_record
 from mucs_cli.cli import main
 from mucs_cli.diffusion.checkpoint import load_denoiser
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.sampler import sample
+from mucs_cli.records import CHECKSUM
 from mucs_cli.rng import generator
 from mucs_cli.stages.journey import chosen_steps
 
@@ -124,6 +126,7 @@ def test_queries_that_do_not_lie_at_the_end_of_their_trajectory_are_refused(
     tensors, before = load_file(path), sha256_file(path)
     tensors["image"][1] *= 0.5
     save_file(tensors, path)
-    manifest.write_text(manifest.read_text().replace(before, sha256_file(path)))
+    record = json.loads(manifest.read_text().replace(before, sha256_file(path)))
+    write_record(manifest, {key: value for key, value in record.items() if key != CHECKSUM})
     line = fails(capsys, "score", f"run={run}", "method=journey_trak", *QUICK)
     assert line.startswith("mucs: error: query 1: got a trajectory that ends")
