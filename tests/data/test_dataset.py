@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from mucs_cli.data import digits as digits_source
 from mucs_cli.data import image_folder, images, pictures
 from mucs_cli.data.dataset import ImageDataset, dataset_fingerprint, load_dataset
 from mucs_cli.data.decode import Reading
@@ -41,6 +42,12 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_read_through_scikit_learn_where_its_file_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = digits_source.read_digits()
+    monkeypatch.setattr(digits_source, "find_spec", lambda name: None)
+    assert np.array_equal(digits_source.read_digits(), table) and table.shape == (1797, 65)
 
 
 def test_digits_are_scikit_learns_images_labels_and_order(tmp_path: Path) -> None:
