@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mucs_cli.artifacts import BlockFile, Stage, empty, map_tensor, read_tensors, write_record, write_tensors
+from mucs_cli.artifacts import empty, read_tensors, write_record, write_tensors
+from mucs_cli.block_file import BlockFile, map_tensor
 from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.records import read_manifest, read_record
+from mucs_cli.stage_folder import Stage
 
 RECORD: dict[str, Any] = {
     "format_version": 1,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mucs_cli.artifacts import map_tensor
+from mucs_cli.block_file import map_tensor
 from mucs_cli.errors import UserError
 
 TENSOR = "condition"

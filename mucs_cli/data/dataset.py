@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from mucs_cli import tracking
-from mucs_cli.artifacts import BlockFile, Stage, empty, fingerprint, map_tensor, sha256_file
+from mucs_cli.artifacts import empty, fingerprint, sha256_file
+from mucs_cli.block_file import BlockFile, map_tensor
 from mucs_cli.config import result_config
 from mucs_cli.data.images import ImageDataset, block_size
 from mucs_cli.data.record import CACHE, CONDITIONS, INDEX, MismatchError, Record, write_index
@@ -26,6 +27,7 @@ from mucs_cli.locks import locked
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
 from mucs_cli.schemas import DataConfig, DigitsConfig, HuggingFaceConfig, ImageFolderConfig, PictureConfig
+from mucs_cli.stage_folder import Stage
 
 __all__ = ["ImageDataset", "dataset_fingerprint", "draw_training", "load_dataset", "open_source"]
 

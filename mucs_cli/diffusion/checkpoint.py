@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mucs_cli.artifacts import check_file, read_json, read_tensors, write_json, write_tensors
+from mucs_cli.artifacts import check_file, read_tensors, write_json, write_tensors
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import Denoiser, EDMDenoiser
 from mucs_cli.diffusion.networks import DiT, Network
 from mucs_cli.diffusion.vp import VPDenoiser
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_json
 
 NETWORKS = ("DiT", "UNet")
 """Names of our networks' classes."""

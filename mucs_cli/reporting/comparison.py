@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import flatten
 from mucs_cli.attribution.ranks import average_ranks
+from mucs_cli.records import flatten
 from mucs_cli.reporting.facts import duration, value_text
 from mucs_cli.reporting.results import Ranked, RunResults, Variant
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mucs_cli.artifacts import flatten, is_fingerprint, read_file
+from mucs_cli.artifacts import is_fingerprint, read_file
+from mucs_cli.records import flatten
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.reporting.facts import duration, value_text
 from mucs_cli.reporting.results import RunResults, optional_manifest

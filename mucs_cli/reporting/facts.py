@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mucs_cli.artifacts import flatten, is_fingerprint
+from mucs_cli.artifacts import is_fingerprint
+from mucs_cli.records import flatten
 from mucs_cli.reporting.results import RunResults
 
 FRAME = (

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mucs_cli.artifacts import check_file, fingerprint, map_tensor, read_tensors, require_manifest
+from mucs_cli.artifacts import check_file, fingerprint, read_tensors
+from mucs_cli.block_file import map_tensor
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.evaluation.measures.near_duplicates import NearDuplicates, near_duplicates
 from mucs_cli.records import read_manifest
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import generator
+from mucs_cli.stage_folder import require_manifest
 
 INDEX_COLUMNS = ("example_id", "file", "sha256", "split")
 """Columns of data/index.csv that are not the data set's own metadata."""

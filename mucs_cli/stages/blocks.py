@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import BlockFile, Stage, fingerprint, map_tensor
+from mucs_cli.artifacts import fingerprint
 from mucs_cli.attribution.scoring import Block
+from mucs_cli.block_file import BlockFile, map_tensor
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, is_out_of_memory
+from mucs_cli.stage_folder import Stage
 
 Arrays = dict[str, np.memmap]
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from types import TracebackType
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import map_tensor, read_tensors, write_tensors
+from mucs_cli.artifacts import read_tensors, write_tensors
+from mucs_cli.block_file import map_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.interruption import INTERRUPTIONS
 from mucs_cli.runtime import log

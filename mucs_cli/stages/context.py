@@ -38,8 +38,8 @@ from mucs_cli.records import read_manifest, read_record
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-    from mucs_cli.artifacts import Stage
     from mucs_cli.methods.base import Method
+    from mucs_cli.stage_folder import Stage
 
 PER_COMMAND = ("run", "device", "overwrite", "tracker", "stages", "plan")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
@@ -213,7 +213,7 @@ class Context:
             queries, may_grow, file_of: see ``Stage``.
             scores_only: whether keys that change scores only are part of its identity.
         """
-        from mucs_cli.artifacts import Stage  # torch takes seconds to import; `mucs status` does without
+        from mucs_cli.stage_folder import Stage  # torch takes seconds to import; `mucs status` does without
 
         config = {section: result_config(getattr(self.config, section), scores_only) for section in sections}
         identity = {"config": config, "inputs": dict(inputs or {})}

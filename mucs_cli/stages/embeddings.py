@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import as_tensor, fingerprint
+from mucs_cli.artifacts import fingerprint
 from mucs_cli.attribution.encoders import ImageEncoder
 from mucs_cli.attribution.scoring import GRANULE, Block, blocks_of
 from mucs_cli.attribution.similarity import cosine
+from mucs_cli.block_file import as_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
 from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor

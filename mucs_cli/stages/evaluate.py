@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, first_difference, read_file, require_manifest, write_json, write_text
+from mucs_cli.artifacts import read_file, write_json, write_text
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.records import read_manifest
 from mucs_cli.rehearsal import StagePlan
 from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
 from mucs_cli.runtime import log, stage_log
+from mucs_cli.stage_folder import Stage, first_difference, require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import RESULTS, Evaluator, RetrainingEvaluator
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import as_tensor
 from mucs_cli.attribution.feature_scores import (
     CHUNK_ENTRIES,
     DampedKernel,
@@ -18,6 +17,7 @@ from mucs_cli.attribution.feature_scores import (
 )
 from mucs_cli.attribution.gradient_features import residuals
 from mucs_cli.attribution.scoring import Block
+from mucs_cli.block_file import as_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log
 from mucs_cli.stages.feature_store import GROUP, FeatureStore

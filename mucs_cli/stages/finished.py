@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import command_hint, fingerprint, map_tensor, require_manifest, sha256_file
+from mucs_cli.artifacts import fingerprint, sha256_file
+from mucs_cli.block_file import map_tensor
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.reporting.results import variant_order
 from mucs_cli.runtime import log
+from mucs_cli.stage_folder import command_hint, require_manifest
 
 SCORES = "scores.safetensors"
 

@@ -4,11 +4,12 @@ import time
 
 from torch import Tensor
 
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.errors import UserError
 from mucs_cli.interruption import held_back, saving
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, log, smaller_batch
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages.work import Work
 
 BATCH_SIZE = 16

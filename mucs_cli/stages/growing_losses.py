@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mucs_cli.artifacts import fingerprint, map_tensor, write_tensors
+from mucs_cli.artifacts import fingerprint, write_tensors
+from mucs_cli.block_file import map_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.locks import locked
 from mucs_cli.runtime import log

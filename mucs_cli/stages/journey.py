@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_tensors, require_manifest
+from mucs_cli.artifacts import fingerprint, read_tensors
 from mucs_cli.config import result_config
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.sampler import sample
 from mucs_cli.errors import UserError
 from mucs_cli.schemas import SampledQueriesConfig
+from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages.feature_store import FeatureStore
 from mucs_cli.stages.loading import ROLES
 from mucs_cli.stages.work import Work

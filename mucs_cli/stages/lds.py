@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_json, read_tensors, sha256_file, write_tensors
+from mucs_cli.artifacts import fingerprint, read_tensors, sha256_file, write_tensors
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.lds import (
@@ -30,6 +30,7 @@ from mucs_cli.evaluation.measures.lds import (
     weighted_mean,
 )
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE, Floats
+from mucs_cli.records import read_json
 from mucs_cli.reporting.charts import Bars, interval_bars
 from mucs_cli.reporting.tables import Estimate, Table, cell_text, heading, leaves_out_zero, marked
 from mucs_cli.rng import generator

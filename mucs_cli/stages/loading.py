@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import check_file, fingerprint, read_tensors, require_manifest, write_record
+from mucs_cli.artifacts import check_file, fingerprint, read_tensors, write_record
 from mucs_cli.data.dataset import ImageDataset, load_dataset
 from mucs_cli.data.decode import SUFFIXES
 from mucs_cli.data.image_folder import class_texts
@@ -24,6 +24,7 @@ from mucs_cli.records import read_record
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import log, pick_device
 from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
+from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import encode_dataset
 

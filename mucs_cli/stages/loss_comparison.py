@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import as_tensor
 from mucs_cli.attribution.reducers import reduce
 from mucs_cli.attribution.scoring import Block
+from mucs_cli.block_file import as_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
 from mucs_cli.schemas import NoiseBankConfig

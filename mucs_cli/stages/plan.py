@@ -21,11 +21,12 @@ from statistics import fmean
 
 import torch
 
-from mucs_cli.artifacts import require_manifest, sha256_file, write_record, write_tensors
+from mucs_cli.artifacts import sha256_file, write_record, write_tensors
 from mucs_cli.errors import UserError
 from mucs_cli.rehearsal import StagePlan, rehearsing
 from mucs_cli.reporting.tables import Cell, Table, print_table
 from mucs_cli.runtime import log, pick_device
+from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluate import plan as plan_evaluation
 from mucs_cli.stages.memory import free_memory

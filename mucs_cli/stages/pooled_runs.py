@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mucs_cli.artifacts import first_difference, flatten, read_json, require_manifest, sha256_file, write_text
+from mucs_cli.artifacts import sha256_file, write_text
 from mucs_cli.config import result_config
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.counterfactual import Similarities
+from mucs_cli.records import flatten, read_json
 from mucs_cli.reporting.csv_rows import read_rows
+from mucs_cli.stage_folder import first_difference, require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.evaluator import RESULTS
 from mucs_cli.text import csv_text

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import BlockFile, Stage, fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
 from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.attribution.skew import mean_over_draws
+from mucs_cli.block_file import BlockFile
 from mucs_cli.rng import generator
 from mucs_cli.runtime import Progress, log
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages.growing_losses import GrowingLosses
 from mucs_cli.stages.loading import num_settled
 from mucs_cli.stages.loss_comparison import LossComparison

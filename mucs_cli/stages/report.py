@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mucs_cli.artifacts import Stage, fingerprint, first_difference, is_whole, write_atomic, write_text
+from mucs_cli.artifacts import fingerprint, is_whole, write_atomic, write_text
 from mucs_cli.config import PipelineConfig, result_config
 from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
@@ -14,6 +14,7 @@ from mucs_cli.reporting.pictures import top_picture
 from mucs_cli.reporting.results import RunResults
 from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import ReportConfig
+from mucs_cli.stage_folder import Stage, first_difference
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import recorded_data
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, fingerprint, require_manifest, write_tensors
+from mucs_cli.artifacts import fingerprint, write_tensors
 from mucs_cli.config import result_config
 from mucs_cli.diffusion.checkpoint import load_checked, save_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
@@ -25,6 +25,7 @@ from mucs_cli.locks import locked
 from mucs_cli.rehearsal import Loop, StagePlan
 from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import PretrainedConfig
+from mucs_cli.stage_folder import Stage, require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.fitting import files_of, fit, training_settings
 from mucs_cli.stages.loading import Inputs

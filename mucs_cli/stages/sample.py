@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from mucs_cli.artifacts import (
-    Stage,
     check_file,
     empty,
     fingerprint,
@@ -29,6 +28,7 @@ from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import decode, encode
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys

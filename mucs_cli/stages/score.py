@@ -8,12 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, fingerprint, read_tensors, require_manifest, write_text
+from mucs_cli.artifacts import fingerprint, read_tensors, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import Progress, log, stage_log
+from mucs_cli.stage_folder import Stage, require_manifest
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import refuse_unsettled

@@ -3,13 +3,14 @@
 from typing import Any
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, write_tensors
+from mucs_cli.artifacts import write_tensors
 from mucs_cli.config import TRAIN_SECTIONS
 from mucs_cli.diffusion.checkpoint import save_denoiser
 from mucs_cli.diffusion.training import Trainer
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import PretrainedConfig
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.fitting import files_of, fit, training_settings
 from mucs_cli.stages.loading import load_data, prepare_device

@@ -9,9 +9,10 @@ from statistics import median
 from typing import Any
 
 from mucs_cli import processes
-from mucs_cli.artifacts import Stage, write_tensors, write_text
+from mucs_cli.artifacts import write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
 from mucs_cli.runtime import Progress, log, stage_log
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.work import Work

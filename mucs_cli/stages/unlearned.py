@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import REDO, command_hint, read_tensors, require_manifest
+from mucs_cli.artifacts import REDO, read_tensors
 from mucs_cli.errors import DamagedError, UserError
+from mucs_cli.stage_folder import command_hint, require_manifest
 
 
 def query_file(folder: Path, query: int) -> Path:

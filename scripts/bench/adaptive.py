@@ -4,7 +4,7 @@ An evaluation is an image under a draw through one model; the base model's are c
 --folder (digits, or colour squares of two photographs), or goes on with the one that is there. Prints one JSON object
 on stdout, a table on stderr.
 
-    python scripts/bench/adaptive.py [--data digits|photos|patches] [--queries 10] [--draws 100] [--k 36]
+    python scripts/bench/adaptive.py [--data digits|photos|patches|crops] [--queries 10] [--draws 100] [--k 36]
         [--folder FOLDER]
 """
 
@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from bench_runs import SIDES, agreement, make_run, mucs, scores_of
+from bench_runs import CUTS, agreement, make_run, mucs, scores_of
 from printing import print_result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", choices=("digits", *SIDES))
+    parser.add_argument("--data", default="digits", choices=("digits", *CUTS))
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--k", type=int, help="places to settle (default: score.top_k's)")

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sklearn.datasets import load_sample_images
 
-SIDES = {"photos": 16, "patches": 8}
-"""Of the squares that photographs are cut into, pixels."""
+CUTS = {"photos": (16, 16), "patches": (8, 8), "crops": (8, 3)}
+"""Side of the squares that photographs are cut into, and the distance from one to the next; pixels."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def make_run(kind: str, run: Path, num_queries: int) -> None:
     """A trained base model and sampled queries; what is there already is not made again.
 
     Args:
-        kind: ``digits`` (1,797 grey images of 8x8), ``photos`` (2,080 colour images of 16x16) or ``patches`` (8,480
-            of 8x8).
+        kind: ``digits`` (1,797 grey images of 8x8), ``photos`` (2,080 colour images of 16x16), ``patches`` (8,480
+            of 8x8) or ``crops`` (59,080 of 8x8, which overlap).
         run: the run's folder.
         num_queries: generated images.
     """
@@ -52,19 +52,19 @@ def make_run(kind: str, run: Path, num_queries: int) -> None:
         return
     pictures = run.parent / kind
     if not pictures.exists():
-        cut_photographs(pictures, SIDES[kind])
+        cut_photographs(pictures, *CUTS[kind])
     data = ["data=image_folder", f"data.path={pictures}", "data.labels=folder", "diffusion=edm_auto"]
     model = ["model=dit", "model.size=tiny", "model.conditional=true"]
     training = ["training.num_steps=1500", "training.batch_size=64", "training.learning_rate=2e-3"]
     mucs("run", *data, *model, *training, "training.warmup_steps=100", "training.ema_decay=0.995", *arguments)
 
 
-def cut_photographs(folder: Path, side: int) -> None:
-    """Every square of ``side`` pixels of both photographs, in a folder a photograph."""
+def cut_photographs(folder: Path, side: int, distance: int) -> None:
+    """Squares of ``side`` pixels of both photographs, one every ``distance`` pixels, in a folder a photograph."""
     for number, picture in enumerate(load_sample_images().images):
         (folder / str(number)).mkdir(parents=True)
-        for top in range(0, picture.shape[0] - side + 1, side):
-            for left in range(0, picture.shape[1] - side + 1, side):
+        for top in range(0, picture.shape[0] - side + 1, distance):
+            for left in range(0, picture.shape[1] - side + 1, distance):
                 square = Image.fromarray(picture[top : top + side, left : left + side])
                 square.save(folder / str(number) / f"{top:03d}_{left:03d}.png")
 

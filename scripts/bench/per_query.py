@@ -4,7 +4,7 @@ The paper's: every image under every draw of the bank. The fast one: speed=fast.
 query in one command, which pays for the base model's losses as well, and all others in another; both times include the
 start of the command. Prints one JSON object on stdout, a table on stderr.
 
-    python scripts/bench/per_query.py [--data digits|photos|patches] [--queries 10] [--draws 100] [--k K]
+    python scripts/bench/per_query.py [--data digits|photos|patches|crops] [--queries 10] [--draws 100] [--k K]
         [--folder outputs/bench]
 """
 
@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from bench_runs import SIDES, agreement, make_run, mucs, scores_of
+from bench_runs import CUTS, agreement, make_run, mucs, scores_of
 from printing import print_result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", choices=("digits", *SIDES))
+    parser.add_argument("--data", default="digits", choices=("digits", *CUTS))
     parser.add_argument("--queries", type=int, default=10, help="at least 2")
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--k", type=int, help="places that the fast setting settles (default: score.top_k's)")

@@ -30,7 +30,8 @@ from safetensors.torch import save
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from printing import print_result
 
-from mucs_cli.artifacts import Stage, map_tensor, read_tensors, require_manifest
+from mucs_cli.artifacts import read_tensors
+from mucs_cli.block_file import map_tensor
 from mucs_cli.config import PipelineConfig, validate
 from mucs_cli.data.conditions import ConditionFile
 from mucs_cli.data.metadata import read_metadata
@@ -41,6 +42,7 @@ from mucs_cli.errors import UserError
 from mucs_cli.records import sealed
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.reporting.results import RunResults
+from mucs_cli.stage_folder import Stage, require_manifest
 from mucs_cli.stages.context import from_record, read_run_record
 from mucs_cli.stages.status import entries_of, table_of
 from mucs_cli.text import csv_cells, csv_text

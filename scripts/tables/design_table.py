@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import require_manifest, write_text
+from mucs_cli.artifacts import write_text
 from mucs_cli.composition import compose
 from mucs_cli.config import SECTION_SCHEMAS
 from mucs_cli.errors import UserError
@@ -24,6 +24,7 @@ from mucs_cli.reporting.comparison import overlap, spearman
 from mucs_cli.reporting.results import RunResults, Variant
 from mucs_cli.reporting.tables import Cell, Table, to_csv, to_markdown
 from mucs_cli.schemas import NoiseBankConfig, UnlearningConfig
+from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages.context import Context
 
 SECTIONS = {

@@ -8,8 +8,9 @@ Reads the manifests below <folder>/methods/*/; prints Markdown and writes <folde
 import sys
 from pathlib import Path
 
-from mucs_cli.artifacts import read_json, write_text
+from mucs_cli.artifacts import write_text
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_json
 from mucs_cli.reporting.tables import Cell, Table, to_csv, to_markdown
 
 

@@ -10,18 +10,11 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from mucs_cli.artifacts import (
-    Stage,
-    fingerprint,
-    read_json,
-    sha256_file,
-    write_json,
-    write_record,
-    write_tensors,
-    write_text,
-)
+from mucs_cli.artifacts import fingerprint, sha256_file, write_json, write_record, write_tensors, write_text
 from mucs_cli.config import PipelineConfig, ShowConfig
+from mucs_cli.records import read_json
 from mucs_cli.schemas import DataConfig, DigitsConfig, ReportConfig
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages import report, show
 from mucs_cli.stages.context import Context
 

@@ -15,11 +15,12 @@ from pages import Page
 from PIL import Image
 from reporting_runs import LINE_ART, PHOTOGRAPH, RunBuilder, make_report
 
-from mucs_cli.artifacts import read_json, require_manifest
 from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_json
 from mucs_cli.reporting.pictures import BLUE, HEADER, MARGIN, ROW, TILE
 from mucs_cli.schemas import DigitsConfig
+from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages import report
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from reporting_runs import LINE_ART, RunBuilder, make_report
 
 from mucs_cli import __version__
-from mucs_cli.artifacts import read_json
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_json
 from mucs_cli.reporting.evaluations import row_spans
 from mucs_cli.reporting.tables import Table
 

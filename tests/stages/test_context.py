@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from mucs_cli.artifacts import read_json, write_record
+from mucs_cli.artifacts import write_record
 from mucs_cli.composition import compose
 from mucs_cli.config import TRAIN_SECTIONS
 from mucs_cli.errors import UserError
+from mucs_cli.records import read_json
 from mucs_cli.stages.context import MAX_VARIANT_NAME, Context, spell, variant_name
 
 SMALL = ("run=r", "experiment=digits", "training.num_steps=5")

@@ -11,10 +11,11 @@ from commands import fails, mucs
 from safetensors.torch import load_file
 
 from mucs_cli import artifacts, locks
-from mucs_cli.artifacts import BlockFile, Stage
 from mucs_cli.attribution import unlearning
+from mucs_cli.block_file import BlockFile
 from mucs_cli.cli import main
 from mucs_cli.diffusion.training import Trainer
+from mucs_cli.stage_folder import Stage
 from mucs_cli.stages import engine
 from mucs_cli.stages.checkpoints import read_checkpoint, write_checkpoint
 

@@ -1,0 +1,345 @@
+"""A stage's folder: what says that it is done, what it is being filled with, and who is at it.
+
+A stage is done if and only if its folder holds ``manifest.json``, which is written last. Until then ``state.json`` says
+what the folder is being filled with. Nothing here knows what a stage computes.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mucs_cli import locks, processes
+from mucs_cli.artifacts import (
+    REDO,
+    empty,
+    is_fingerprint,
+    is_whole,
+    read_tensors,
+    sha256_file,
+    versions,
+    write_record,
+)
+from mucs_cli.block_file import journal_of
+from mucs_cli.errors import DamagedError, UserError
+from mucs_cli.records import FORMAT_VERSION, flatten, read_manifest
+
+log = logging.getLogger("mucs")
+
+
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], may_grow: Sequence[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """The first dotted key at which two nested mappings differ, with both values; None where they agree.
+
+    Args:
+        may_grow: dotted keys of numbers that agree where ours is larger.
+    """
+    left, right = flatten(ours), flatten(theirs)
+    for key in [*left, *[k for k in right if k not in left]]:
+        mine, other = left.get(key), right.get(key)
+        grown = key in may_grow and isinstance(mine, int) and isinstance(other, int) and mine > other
+        if mine != other and not grown:
+            return key, mine, other
+    return None
+
+
+def per_query(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The inputs of a manifest, or of a stage's identity, that are one fingerprint a query."""
+    return {name: value for name, value in record.get("inputs", {}).items() if isinstance(value, dict)}
+
+
+def without_per_query(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The other inputs, and everything else."""
+    inputs = record.get("inputs", {})
+    return {**record, "inputs": {name: value for name, value in inputs.items() if not isinstance(value, dict)}}
+
+
+class Stage:
+    """One stage's folder.
+
+    A stage that does something for each query says which ones, by id and fingerprint. A finished one that lacks some of
+    them is not done: its manifest becomes ``previous``, and only what is missing has to be added. An input that is a
+    mapping is one fingerprint a query; of these, only those of shared queries have to agree.
+
+    Of several processes the first one reads and writes the folder, and the others learn what it found.
+
+    Args:
+        folder: where its files go.
+        command: the command that fills it, for messages.
+        identity: what decides the result: ``{"config": {...}, "inputs": {...}}``, JSON values only.
+        overwrite: throw away what another identity left here.
+        on_begin: called when the stage begins to fill its folder.
+        queries: id -> fingerprint of the queries that are wanted; None for a stage that knows no queries.
+        may_grow: dotted keys of the identity that a finished stage may have smaller.
+        cleanable: outputs that a finished stage may lack: they can be made again.
+        file_of: from a query's id, the output that holds its result: where that is gone, the stage lacks the query.
+        replace: take away what another identity left here, or what is damaged, without being asked: a cache.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        command: str,
+        identity: dict[str, Any],
+        overwrite: bool = False,
+        on_begin: Callable[[], None] | None = None,
+        queries: Mapping[int, str] | None = None,
+        may_grow: Sequence[str] = (),
+        cleanable: Sequence[str] = (),
+        replace: bool = False,
+        file_of: Callable[[int], str] | None = None,
+    ):
+        self.folder = folder
+        self.command = command
+        self.identity = json.loads(json.dumps(identity))
+        self.overwrite = overwrite
+        self.on_begin = on_begin
+        self.queries = queries
+        self.may_grow = may_grow
+        self.cleanable = cleanable
+        self.replace = replace
+        self.file_of = file_of
+        self.started, self._clock = datetime.now(UTC), time.monotonic()
+        self.progress: dict[str, Any] = {}
+        """What an unfinished attempt with the same identity has done; see ``save_progress``."""
+        self.previous: dict[str, Any] = {}
+        """The manifest of a finished stage that lacks some of the queries; see ``is_done``."""
+        self._attempted: dict[str, str] = {}  # queries of this attempt and of unfinished ones, with their fingerprints
+
+    def is_done(self, claim: bool = True) -> bool:
+        """True where the folder already holds this result.
+
+        Where it does not, the folder is this process's from here on, until it is finished or the command ends. Another
+        process that is at it is waited for, and has then done the work. With ``overwrite`` it is not: what it is
+        writing would be deleted.
+
+        Args:
+            claim: false to look only.
+        Raises:
+            UserError: it holds another result, finished or not, or a damaged one, and may not be overwritten; or it is
+                to be overwritten and another process is at it.
+        """
+        done, self.previous = processes.on_first(lambda: (self._is_done(claim), self.previous))
+        return done
+
+    def _is_done(self, claim: bool) -> bool:
+        if self._holds_result():
+            return True
+        if not claim:
+            return False
+        locks.hold(self.folder, wait=not self.overwrite)
+        return self._holds_result(delete=True)
+
+    def _holds_result(self, delete: bool = False) -> bool:
+        """As ``is_done``, of what lies in the folder now; ``delete``: what may be overwritten."""
+        for name in ("manifest.json", "state.json"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                record = read_manifest(path)
+                difference = self._difference(record)
+                if difference is not None:
+                    raise self._other_result(path, *difference)
+                if name == "manifest.json" and not self._lacks(record):
+                    self._require_outputs(record)
+                    return True
+            except UserError as error:
+                if not path.exists():  # another process has just finished, or begun afresh
+                    continue
+                if not (self.overwrite or self.replace):
+                    raise
+                if delete:
+                    if isinstance(error, DamagedError):
+                        log.warning("%s is damaged; computing it again", error.subject)
+                    empty(self.folder) if self.overwrite else self._take_away()
+                    self.previous = {}
+                return False
+        return False
+
+    def _take_away(self) -> None:
+        """Removes what the manifest names, and what says that it is there.
+
+        Other files stay: features of single queries, beside those of all images, have a record of their own.
+        """
+        try:
+            outputs = read_manifest(self.folder / "manifest.json").get("outputs", {})
+        except DamagedError:
+            outputs = {}
+        for name in ("manifest.json", "state.json", *outputs):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _other_result(self, path: Path, key: str, ours: Any, theirs: Any) -> UserError:
+        if is_fingerprint(ours) and is_fingerprint(theirs):
+            ours, theirs = ours[:16], theirs[:16]  # which tells them apart
+        return UserError(
+            key.removeprefix("config."),
+            f"got {ours!r}; {path} has {theirs!r}. Use another run=, or overwrite=true to redo this stage.",
+        )
+
+    def _require_outputs(self, manifest: Mapping[str, Any]) -> None:
+        """Raises DamagedError where a file is gone or has another size; or other bytes, where it may be replaced.
+
+        Those of other stages are compared when they are read: a run may hold more than is worth reading every time.
+        """
+        files = [self.file_of(int(query)) for query in manifest.get("queries", {})] if self.file_of else []
+        for name in manifest.get("outputs", {}):
+            if name in self.cleanable or name in files:
+                continue
+            if not self._is_there(manifest, name) or (self.replace and not is_whole(self.folder, manifest, name)):
+                raise DamagedError(
+                    str(self.folder / name),
+                    f"is gone or not whole; {self.folder / 'manifest.json'} has its size and hash. {REDO}",
+                )
+
+    def _difference(self, record: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+        """What in the record contradicts this stage, as ``first_difference`` gives it."""
+        ours, theirs = per_query(self.identity), per_query(record)
+        ours["queries"] = {str(query): mine for query, mine in (self.queries or {}).items()}
+        theirs["queries"] = record.get("queries", {})
+        for name, mapping in ours.items():
+            for query, mine in mapping.items():
+                other = theirs.get(name, {}).get(query, mine)
+                if other != mine:
+                    return f"{name} of query {query}", str(mine)[:16], str(other)[:16]
+        recorded = {key: record.get(key, {}) for key in self.identity}
+        return first_difference(without_per_query(self.identity), without_per_query(recorded), self.may_grow)
+
+    def _lacks(self, record: dict[str, Any]) -> bool:
+        """Whether a finished stage has not all the queries; keeps then what its manifest says of those it has."""
+        files = {query: self.file_of(int(query)) for query in record.get("queries", {})} if self.file_of else {}
+        lost = {query: name for query, name in files.items() if not self._is_there(record, name)}
+        known = {query: mine for query, mine in record.get("queries", {}).items() if query not in lost}
+        outputs = {name: entry for name, entry in record.get("outputs", {}).items() if name not in lost.values()}
+        missing = any(str(query) not in known for query in self.queries or {})
+        self.previous = record | {"queries": known, "outputs": outputs} if missing else {}
+        return missing
+
+    def _is_there(self, manifest: Mapping[str, Any], name: str) -> bool:
+        """Whether an output is there, in its size."""
+        path, entry = self.folder / name, manifest.get("outputs", {}).get(name, {})
+        return path.is_file() and path.stat().st_size == entry.get("bytes")
+
+    def known_queries(self) -> dict[int, str]:
+        """id -> fingerprint of the queries that the folder already has results for."""
+        return {int(query): print_ for query, print_ in self.previous.get("queries", {}).items()}
+
+    def begin(self) -> None:
+        """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
+        processes.meet()  # none may still be reading what changes now
+        self.progress = processes.on_first(self._begin)
+
+    def _begin(self) -> dict[str, Any]:
+        if self.on_begin is not None:
+            self.on_begin()
+        path = self.folder / "state.json"
+        state = read_manifest(path) if path.exists() else {}
+        self._attempted = state.get("queries", {}) | {str(query): mine for query, mine in (self.queries or {}).items()}
+        self.save_progress(state.get("progress", {}))
+        return self.progress
+
+    def save_progress(self, progress: dict[str, Any]) -> None:
+        """Records what is done so far, for a rerun after an interruption and for ``mucs status``."""
+        self.progress = progress
+        state = {
+            "stage": self.command,
+            "status": "running",
+            **self.identity,
+            "queries": self._attempted,
+            "progress": progress,
+        }
+        write_record(self.folder / "state.json", state)
+
+    def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
+        """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
+
+        Args:
+            facts: what else to record (counts, seeds, device, ...).
+            outputs: files to record with their SHA-256 and size.
+        """
+        return processes.on_first(lambda: self._finish(facts, outputs))
+
+    def _finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
+        queries = self.known_queries() | dict(self.queries or {})
+        known = per_query(self.previous)
+        inputs = self.identity.get("inputs", {})
+        merged = {name: known.get(name, {}) | mapping for name, mapping in per_query(self.identity).items()}
+        manifest = {
+            "stage": self.command,
+            "status": "done",
+            "format_version": FORMAT_VERSION,
+            **self.identity,
+            "inputs": inputs | merged,
+            **({} if self.queries is None else {"queries": {str(query): queries[query] for query in sorted(queries)}}),
+            **facts,
+            "outputs": {
+                path.relative_to(self.folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+                for path in outputs
+            },
+            "versions": versions(),
+            "started": self.started.isoformat(timespec="seconds"),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 1),  # the clock on the wall may be set back
+        }
+        write_record(self.folder / "manifest.json", manifest)
+        (self.folder / "state.json").unlink(missing_ok=True)
+        for path in outputs:
+            journal_of(path).unlink(missing_ok=True)
+            kept_aside(path).unlink(missing_ok=True)
+        locks.release(self.folder)
+        return manifest
+
+    def keep_aside(self, name: str) -> None:
+        """Before a file of the finished stage is replaced: until the manifest says so, an interruption needs the old.
+
+        ``previous_tensors`` finds it.
+        """
+        path = self.folder / name
+        if self.previous and sha256_file(path) == self.previous["outputs"][name]["sha256"]:
+            kept_aside(path).unlink(missing_ok=True)
+            try:
+                os.link(path, kept_aside(path))
+            except OSError:  # a file system without links
+                shutil.copyfile(path, kept_aside(path))
+
+    def previous_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file of the finished stage that lacks some queries, as its manifest names it.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        aside, recorded = kept_aside(self.folder / name), self.previous["outputs"][name]["sha256"]
+        is_aside = aside.exists() and sha256_file(aside) == recorded
+        return read_tensors(aside if is_aside else self.folder / name, recorded)
+
+
+def kept_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def require_manifest(folder: Path, command: str) -> dict[str, Any]:
+    """The manifest of a finished upstream stage.
+
+    Raises:
+        UserError: the stage has not run, did not finish, was written by a newer file format, or is damaged.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        got = "an unfinished stage" if (folder / "state.json").exists() else "no such stage"
+        raise UserError(
+            str(path), f"got {got}; expected a finished `mucs {command}`. Run it first: {command_hint(folder, command)}"
+        )
+    return read_manifest(path)
+
+
+def command_hint(folder: Path, command: str) -> str:
+    run = next((p for p in folder.parents if (p / "run.json").exists()), folder.parent)
+    return f"mucs {command} run={run}"
