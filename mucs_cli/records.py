@@ -13,6 +13,8 @@ from typing import Any
 from mucs_cli.errors import DamagedError, UserError
 
 FORMAT_VERSION = 1
+SLICES = "_slices"
+"""The folder beside a command's variants that holds slices of them, see ``Stage.part``."""
 CHECKSUM = "checksum"
 DEEPEST = 50
 """Levels of a record: far more than any has, and few enough for what walks through it level by level."""

@@ -6,8 +6,6 @@ what the folder is being filled with. Nothing here knows what a stage computes.
 
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,8 +18,10 @@ from mucs_cli import locks, processes
 from mucs_cli.artifacts import (
     REDO,
     empty,
+    fingerprint,
     is_fingerprint,
     is_whole,
+    link_or_copy,
     read_tensors,
     sha256_file,
     versions,
@@ -29,9 +29,11 @@ from mucs_cli.artifacts import (
 )
 from mucs_cli.block_file import journal_of
 from mucs_cli.errors import DamagedError, UserError
-from mucs_cli.records import FORMAT_VERSION, flatten, read_manifest
+from mucs_cli.records import FORMAT_VERSION, SLICES, flatten, read_manifest
 
 log = logging.getLogger("mucs")
+RECORDED = ("stage", "status", "format_version", "config", "inputs", "queries", "outputs", "versions")
+TIMES = ("started", "ended", "seconds")
 
 
 def first_difference(
@@ -114,28 +116,49 @@ class Stage:
         """The manifest of a finished stage that lacks some of the queries; see ``is_done``."""
         self._attempted: dict[str, str] = {}  # queries of this attempt and of unfinished ones, with their fingerprints
 
-    def is_done(self, claim: bool = True) -> bool:
+    def part(self) -> "Stage":
+        """A stage with a folder of its own for the queries that this one wants and lacks; after ``is_done``.
+
+        Its folder is named after all that are wanted, so that the same command finds it again.
+        """
+        name = f"{self.folder.name}__{fingerprint(self.identity, self.queries)[:16]}"
+        known = self.known_queries()
+        return Stage(
+            self.folder.parent / SLICES / name,
+            self.command,
+            self.identity,
+            self.overwrite,
+            self.on_begin,
+            {query: mine for query, mine in (self.queries or {}).items() if query not in known},
+            self.may_grow,
+            self.cleanable,
+            self.replace,
+            self.file_of,
+        )
+
+    def is_done(self, claim: bool = True, wait: bool = False) -> bool:
         """True where the folder already holds this result.
 
         Where it does not, the folder is this process's from here on, until it is finished or the command ends. Another
-        process that is at it is waited for, and has then done the work. With ``overwrite`` it is not: what it is
-        writing would be deleted.
+        process that is at it is waited for, and has then done the work. With ``overwrite`` it is not, unless ``wait``:
+        what it is writing would be deleted.
 
         Args:
             claim: false to look only.
+            wait: for another process in any case.
         Raises:
             UserError: it holds another result, finished or not, or a damaged one, and may not be overwritten; or it is
                 to be overwritten and another process is at it.
         """
-        done, self.previous = processes.on_first(lambda: (self._is_done(claim), self.previous))
+        done, self.previous = processes.on_first(lambda: (self._is_done(claim, wait), self.previous))
         return done
 
-    def _is_done(self, claim: bool) -> bool:
+    def _is_done(self, claim: bool, wait: bool) -> bool:
         if self._holds_result():
             return True
         if not claim:
             return False
-        locks.hold(self.folder, wait=not self.overwrite)
+        locks.hold(self.folder, wait or not self.overwrite)
         return self._holds_result(delete=True)
 
     def _holds_result(self, delete: bool = False) -> bool:
@@ -232,6 +255,11 @@ class Stage:
         """id -> fingerprint of the queries that the folder already has results for."""
         return {int(query): print_ for query, print_ in self.previous.get("queries", {}).items()}
 
+    @property
+    def attempted(self) -> dict[int, str]:
+        """id -> fingerprint of the queries of this attempt and of unfinished ones; in the first process, once begun."""
+        return {int(query): print_ for query, print_ in self._attempted.items()}
+
     def begin(self) -> None:
         """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
         processes.meet()  # none may still be reading what changes now
@@ -258,16 +286,17 @@ class Stage:
         }
         write_record(self.folder / "state.json", state)
 
-    def finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
+    def finish(self, facts: dict[str, Any], outputs: list[Path], earlier_seconds: float = 0.0) -> dict[str, Any]:
         """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
 
         Args:
             facts: what else to record (counts, seeds, device, ...).
             outputs: files to record with their SHA-256 and size.
+            earlier_seconds: that it took before, elsewhere.
         """
-        return processes.on_first(lambda: self._finish(facts, outputs))
+        return processes.on_first(lambda: self._finish(facts, outputs, earlier_seconds))
 
-    def _finish(self, facts: dict[str, Any], outputs: list[Path]) -> dict[str, Any]:
+    def _finish(self, facts: dict[str, Any], outputs: list[Path], earlier_seconds: float) -> dict[str, Any]:
         queries = self.known_queries() | dict(self.queries or {})
         known = per_query(self.previous)
         inputs = self.identity.get("inputs", {})
@@ -287,7 +316,8 @@ class Stage:
             "versions": versions(),
             "started": self.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self._clock, 1),  # the clock on the wall may be set back
+            # the clock on the wall may be set back
+            "seconds": round(earlier_seconds + time.monotonic() - self._clock, 1),
         }
         write_record(self.folder / "manifest.json", manifest)
         (self.folder / "state.json").unlink(missing_ok=True)
@@ -304,11 +334,7 @@ class Stage:
         """
         path = self.folder / name
         if self.previous and sha256_file(path) == self.previous["outputs"][name]["sha256"]:
-            kept_aside(path).unlink(missing_ok=True)
-            try:
-                os.link(path, kept_aside(path))
-            except OSError:  # a file system without links
-                shutil.copyfile(path, kept_aside(path))
+            link_or_copy(path, kept_aside(path))
 
     def previous_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file of the finished stage that lacks some queries, as its manifest names it.
@@ -338,6 +364,11 @@ def require_manifest(folder: Path, command: str) -> dict[str, Any]:
             str(path), f"got {got}; expected a finished `mucs {command}`. Run it first: {command_hint(folder, command)}"
         )
     return read_manifest(path)
+
+
+def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage had its manifest record beside what every stage records."""
+    return {key: value for key, value in manifest.items() if key not in (*RECORDED, *TIMES)}
 
 
 def command_hint(folder: Path, command: str) -> str:

@@ -89,7 +89,7 @@ def fill_file(path: Path, identity: str, work: BlockWork) -> None:
 def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
     """As ``fill_file``, in all the processes that are there."""
     while True:
-        blocks = work.blocks()
+        blocks = work.blocks() if work.passes else []
         size = blocks[0].size if blocks else 0
         file = BlockFile(path, work.tensors, f"{identity}/{size}") if processes.is_first() else None
         if file is not None:

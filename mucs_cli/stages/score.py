@@ -1,26 +1,28 @@
 """``mucs score``: scores every training image for every query, by the method that the configuration names."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mucs_cli import processes
+from mucs_cli import locks, processes
 from mucs_cli.artifacts import fingerprint, read_tensors, write_text
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
-from mucs_cli.runtime import Progress, log, stage_log
-from mucs_cli.stage_folder import Stage, require_manifest
+from mucs_cli.runtime import Progress, log
+from mucs_cli.stage_folder import Stage, facts_of, require_manifest
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.loading import refuse_unsettled
+from mucs_cli.stages.loading import num_settled, refuse_unsettled
 from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.races import Races
 from mucs_cli.stages.scorer import Scorer
+from mucs_cli.stages.slices import fill
 from mucs_cli.stages.work import Work
 from mucs_cli.text import csv_text, inert
 
@@ -46,57 +48,88 @@ def run(context: Context) -> None:
         inputs={"dataset": data.fingerprint, "model": work.inputs.model.fingerprint, **scorer.inputs},
         queries=work.queries.wanted,
     )
-    races = Races(work, scorer, stage) if context.races and isinstance(scorer, LossComparison) else None
-    if races is not None:
-        refuse_unsettled(context.config.score.group_k, races.k, "score.group_k")
-        group_k = min(group_k, races.k)
-    if stage.is_done():
+    k = num_settled(context.config.score.top_k, work.num_images) if context.races else None
+    if k is not None:
+        refuse_unsettled(context.config.score.group_k, k, "score.group_k")
+        group_k = min(group_k, k)
+    compute_into = partial(compute, work=work, scorer=scorer, folder=folder)
+    if not fill(context, stage, compute_into, partial(add, work=work, scorer=scorer)):
         log.info("score: up to date (%s)", folder)
-    else:
-        stage.begin()
-        with stage_log(folder):
-            compute(stage, work, scorer, races)
     if processes.is_first():
-        sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
-        found = read_tensors(folder / SCORES, sha256)
+        # other slices replace the scores while they have the lock
+        with locks.locked(folder, wait=context.config.queries.index is not None):
+            sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
+            found = read_tensors(folder / SCORES, sha256)
         write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
 
 
-def compute(stage: Stage, work: Work, scorer: Scorer, races: Races | None) -> None:
-    """Fills the stage's folder, with scores that are settled by races where there are some."""
+def compute(stage: Stage, work: Work, scorer: Scorer, folder: Path) -> None:
+    """Scores the stage's queries, into its folder; ``folder`` is the variant's, of which the stage may be a slice."""
     finished = finished_scores(stage)
-    new = [query for query in work.queries.selected if query not in finished]
-    query_ids = sorted({*new, *finished})
+    new = [query for query in stage.queries or () if query not in finished]
+    races = races_of(stage, work, scorer)
+    races.prepare() if races is not None else scorer.prepare()
+    facts = write_scores(stage, work, scorer, races, new, finished)
+    facts |= {"device": str(work.inputs.device), "processes": processes.count(), **scorer.facts()}
+    processes.on_first(lambda: finish(stage, work, scorer, sorted({*new, *finished}), facts))
+    log.info("score: %d queries x %d training images in %s", len(new), work.num_images, folder)
+
+
+def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any], work: Work, scorer: Scorer) -> None:
+    """Adds the scores of a slice, see ``slices.fill``."""
+    added = read_tensors(slice_folder / SCORES, manifest["outputs"][SCORES]["sha256"])
+    finished = finished_scores(stage) | rows_of(added)
+    stage.save_progress(stage.progress | manifest.get("races", {}))
+    facts = facts_of(manifest) | write_scores(stage, work, scorer, races_of(stage, work, scorer), [], finished)
+    finish(stage, work, scorer, sorted(finished), facts, manifest["seconds"])
+
+
+def races_of(stage: Stage, work: Work, scorer: Scorer) -> Races | None:
+    """What settles the scores by races; None where they are exact."""
+    return Races(work, scorer, stage) if work.context.races and isinstance(scorer, LossComparison) else None
+
+
+def write_scores(
+    stage: Stage,
+    work: Work,
+    scorer: Scorer,
+    races: Races | None,
+    new: Sequence[int],
+    finished: Mapping[int, Mapping[str, Tensor]],
+) -> dict[str, Any]:
+    """Writes the score file: new queries, for which scorer or races are prepared, and finished ones.
+
+    Returns:
+        What the manifest is to record.
+    """
+    path = stage.folder / SCORES
     if races is not None:
-        races.prepare()
-        facts = races.write(stage.folder / SCORES, new, finished)
-        top = races.k
-    else:
-        scorer.prepare()
-        scores = Scores(work, scorer, new, {query: tensors["score"] for query, tensors in finished.items()})
-        fill_file(stage.folder / SCORES, fingerprint(stage.identity, query_ids), scores)
-        facts, top = {}, TOP_ROWS
-    facts |= {"processes": processes.count(), "counts": {"queries": len(query_ids), "training_images": work.num_images}}
-    processes.on_first(lambda: finish(stage, work, scorer, query_ids, facts, min(TOP_ROWS, top)))
-    log.info("score: %d queries x %d training images in %s", len(new), work.num_images, stage.folder)
+        return races.write(path, new, finished)
+    scores = Scores(work, scorer, new, {query: tensors["score"] for query, tensors in finished.items()})
+    fill_file(path, fingerprint(stage.identity, scores.query_ids), scores)
+    return {}
 
 
 def finish(
-    stage: Stage, work: Work, scorer: Scorer, query_ids: Sequence[int], facts: Mapping[str, Any], num_rows: int
+    stage: Stage,
+    work: Work,
+    scorer: Scorer,
+    query_ids: Sequence[int],
+    facts: Mapping[str, Any],
+    earlier_seconds: float = 0.0,
 ) -> None:
     """Writes what stands beside the scores, and the manifest.
 
     Args:
         query_ids: of all scores.
-        facts: for the manifest, beside the scorer's.
-        num_rows: of top.csv, a query.
+        facts: what else it is to record.
+        earlier_seconds: see ``Stage.finish``.
     """
+    num_rows = min(TOP_ROWS, facts.get("top_k", TOP_ROWS))
     write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels, num_rows)
-    others = scorer.write_files(stage.folder, query_ids)
-    stage.finish(
-        {"device": str(work.inputs.device), **scorer.facts(), **facts},
-        [stage.folder / SCORES, stage.folder / "top.csv", *others],
-    )
+    outputs = [stage.folder / SCORES, stage.folder / "top.csv", *scorer.write_files(stage.folder, query_ids)]
+    counts = {"queries": len(query_ids), "training_images": work.num_images}
+    stage.finish({**facts, "counts": counts}, outputs, earlier_seconds)
 
 
 def warn_of_unused_keys(context: Context) -> None:
@@ -121,6 +154,11 @@ def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
         return {}
     tensors = stage.previous_tensors(SCORES)
     stage.keep_aside(SCORES)
+    return rows_of(tensors)
+
+
+def rows_of(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """query -> its row [N] of each tensor of a score file."""
     names = [name for name in ("score", "draws") if name in tensors]
     return {
         query: {name: tensors[name][row] for name in names} for row, query in enumerate(tensors["query_id"].tolist())
@@ -145,7 +183,7 @@ class Scores(BlockWork):
         self.unit, self.is_long = scorer.unit, scorer.is_long
         self.query_ids = sorted({*new, *finished})
         self.row = {query: row for row, query in enumerate(self.query_ids)}
-        self.passes = scorer.passes(new)
+        self.passes = scorer.passes(new) if new else []
         self.tensors = {
             "score": ("float32", (len(self.query_ids), work.num_images)),
             "query_id": ("int64", (len(self.query_ids),)),

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mucs_cli import tracking
 from mucs_cli.errors import UserError
-from mucs_cli.records import read_manifest
+from mucs_cli.records import SLICES, read_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.text import printable
 
@@ -70,7 +70,7 @@ def run(context: Context) -> None:
 
 def entries_of(run: Path) -> Iterator[Entry]:
     """The stages of a run, in the order in which they are made."""
-    shared = sorted((run / "score").glob("_*/*/"))  # what variants have in common, and can be computed again
+    shared = sorted((run / "score").glob("_*/*/"))  # beside the variants
     variants = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
     unlearned = sorted((run / "unlearn").glob("*/"))
     yield entry_of(run, run / "data", [run / "data" / "images.safetensors"])
@@ -78,13 +78,13 @@ def entries_of(run: Path) -> Iterator[Entry]:
         yield entry_of(run, run / "train", [run / "train" / "checkpoint"])
     yield entry_of(run, run / "sample", [])
     for folder in unlearned or [run / "unlearn"]:
-        if folder.name.startswith("_"):  # what variants have in common, and can be computed again
-            yield from (entry_of(run, kept, [kept]) for kept in sorted(folder.glob("*/")))
+        if folder.name.startswith("_"):
+            yield from (entry_of(run, kept, again_of(kept)) for kept in sorted(folder.glob("*/")))
         else:
             yield entry_of(run, folder, [])
     yield entry_of(run, run / "noise_bank", [])
     for folder in shared:
-        yield entry_of(run, folder, [folder])
+        yield entry_of(run, folder, again_of(folder))
     for folder in variants or [run / "score"]:
         yield entry_of(run, folder, [])
     if (run / "retrain").is_dir():
@@ -92,6 +92,11 @@ def entries_of(run: Path) -> Iterator[Entry]:
     for folder in sorted((run / "evaluate").glob("*/")) or [run / "evaluate"]:
         yield entry_of(run, folder, [])
     yield entry_of(run, run / "report", [])
+
+
+def again_of(folder: Path) -> list[Path]:
+    """What can be computed again of a folder beside the variants: what they have in common, but no slices of them."""
+    return [] if folder.parent.name == SLICES else [folder]
 
 
 def is_pretrained(run: Path) -> bool:

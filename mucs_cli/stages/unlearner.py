@@ -32,11 +32,12 @@ class Unlearner(ABC):
         learning_rate_key: the configuration key of the learning rate, for errors.
         on_step: told of every query's every step.
         num_at_once: how many queries are being unlearned side by side now.
-        checkpoints: states within a query.
+        checkpoints: states within a query; set before it is prepared.
         settings: of the updates; ready once it is prepared.
     """
 
     learning_rate_key = "method.learning_rate"
+    checkpoints: QueryCheckpoints
     settings: UnlearningSettings
 
     def __init__(self, work: Work, trainable: list[str]):
@@ -45,8 +46,6 @@ class Unlearner(ABC):
         self.inputs: dict[str, Any] = {}
         self.on_step: OnStep | None = None
         self.num_at_once = 1
-        folder = work.context.folder("unlearn", work.context.unlearn_variant())
-        self.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
         self._first_gap = 0.0
 
     def prepare(self) -> None:

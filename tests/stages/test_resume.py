@@ -4,16 +4,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import fails, mucs
+from interrupted import Killed, assert_same_files, calls_of, stop, stop_after
 from safetensors.torch import load_file
 
 from mucs_cli import artifacts, locks
 from mucs_cli.attribution import unlearning
 from mucs_cli.block_file import BlockFile
-from mucs_cli.cli import main
 from mucs_cli.diffusion.training import Trainer
 from mucs_cli.stage_folder import Stage
 from mucs_cli.stages import engine
@@ -45,10 +44,6 @@ SCORE = [*UNLEARN, "noise_bank.num_draws=4", "score.batch_size=16"]
 OFTEN = "checkpoint.every_seconds=1e-9"
 
 
-class Killed(BaseException):
-    """As ``kill -9``: nothing of ours sees it."""
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All stages, never interrupted; no test changes it."""
@@ -61,47 +56,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "digits"))
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: type[BaseException]) -> None:
-    """The error in the place of the call after so many."""
-    whole, seen = getattr(owner, name), []
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        seen.append(1)
-        if len(seen) > calls:
-            raise error
-        return whole(*arguments, **keywords)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
-def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
-    """Grows with every call."""
-    whole, seen = getattr(owner, name), list[int]()
-    monkeypatch.setattr(owner, name, lambda *a, **k: (seen.append(1), whole(*a, **k))[1])
-    return seen
-
-
-def stop(error: type[BaseException], *command: str) -> None:
-    if error is Killed:
-        with pytest.raises(Killed):
-            main(list(command))
-    else:
-        assert main(list(command)) == 130
-
-
-def assert_same_files(run: Path, finished: Path, folder: str) -> None:
-    """Tensors, and the tables and logs without times."""
-    names = [
-        path.relative_to(finished)
-        for path in (finished / folder).rglob("*")
-        if path.suffix in (".safetensors", ".csv") or path.name == "log.jsonl"
-    ]
-    names = [name for name in names if "checkpoint" not in name.parts]
-    assert names
-    for name in names:
-        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def folder_of(run: Path, stack: bool = False) -> Path:
