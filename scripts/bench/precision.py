@@ -89,13 +89,14 @@ def ranking(folder: Path, precision: str, queries: int, draws: int, k: int) -> d
     shared = [f"run={run}", f"noise_bank.num_draws={draws}"]
     mucs("unlearn", *shared)
     shutil.rmtree(run / "score", ignore_errors=True)
-    found = []
+    found: list[np.ndarray] = []
     for keys in ([], [f"score.precision={precision}"]):
         before = set((run / "score").glob("[!_]*"))
         mucs("score", *shared, *keys)
         (new,) = set((run / "score").glob("[!_]*")) - before
         found.append(scores_of(run, new.name)[0]["score"])
-    recall, correlation = agreement(*found, k)
+    exact, other = found
+    recall, correlation = agreement(exact, other, k)
     return {
         "queries": queries,
         "draws": draws,

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import (
+    OnStep,
     UnlearningSettings,
     UnlearningStep,
     batch_source,
@@ -127,11 +128,11 @@ class Bench:
         )
         return seconds / count
 
-    def timed(self, run: Callable[[Callable[[UnlearningStep], None]], object]) -> float:
+    def timed(self, run: Callable[[OnStep], object]) -> float:
         """Median seconds of a step."""
         starts: dict[int, float] = {}
 
-        def note(step: UnlearningStep) -> None:
+        def note(query: int, step: UnlearningStep) -> None:
             starts.setdefault(step.step, self.clock())
 
         run(note)

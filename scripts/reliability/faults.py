@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +260,7 @@ def outcome_of(said: Said, sound: Said) -> str:
     return "one line" if said.is_one_line else "CRASH"
 
 
-def damage(runs: Runs, what: str, kind: str, chance: random.Random) -> tuple[str, str]:
+def damage(runs: Runs, chance: random.Random, what: str, kind: str) -> tuple[str, str]:
     """One file broken, its reader called; the outcome, and what is to be said of a bad one."""
     pattern, job = FILES[kind]
     sound = runs.sound(job)
@@ -278,7 +279,7 @@ def damage(runs: Runs, what: str, kind: str, chance: random.Random) -> tuple[str
         return outcome, f"{path}: {said.err}"
 
 
-def full_disk(runs: Runs, job: Job, chance: random.Random) -> tuple[str, str]:
+def full_disk(runs: Runs, chance: random.Random, job: Job) -> tuple[str, str]:
     """No file may grow beyond so many bytes; then the disk is freed, and the command goes on to the sound result."""
     sound = runs.sound(job)
     largest = max(map(len, sound.files.values()))
@@ -318,7 +319,7 @@ UPSTREAM = {
 }
 
 
-def upstream(runs: Runs, name: str, chance: random.Random) -> tuple[str, str]:
+def upstream(runs: Runs, chance: random.Random, name: str) -> tuple[str, str]:
     """An earlier stage redone under a later one, which must not take it for what it was made with."""
     first, then = UPSTREAM[name]
     with runs.copy("digits") as run:
@@ -341,7 +342,7 @@ def ended(process: subprocess.Popen[str], run: Path, job: Job) -> Said:
     return Said(process.returncode, out.replace(str(run), "RUN"), err, files)
 
 
-def two_at_once(runs: Runs, name: str, chance: random.Random) -> tuple[str, str]:
+def two_at_once(runs: Runs, chance: random.Random, name: str) -> tuple[str, str]:
     """The same command twice: both end well, with the sound result; one that is to overwrite may be refused."""
     job = WRITERS[name]
     sound = runs.sound(job)
@@ -358,7 +359,7 @@ def two_at_once(runs: Runs, name: str, chance: random.Random) -> tuple[str, str]
 SWEEP = ["score", "-m", *SCORE, "method.epsilon=0.5,0.6,0.7", "hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]
 
 
-def sweep(runs: Runs, name: str, chance: random.Random) -> tuple[str, str]:
+def sweep(runs: Runs, chance: random.Random, name: str) -> tuple[str, str]:
     """Three jobs that all need base losses which are not there; in one sort, a worker is killed meanwhile."""
     sound = runs.sound(RESCORE)
     with runs.copy("digits") as run:
@@ -401,15 +402,15 @@ def faults() -> dict[tuple[str, str], Fault]:
     for what in DAMAGES:
         for kind in FILES:
             if (what, kind) != ("removed", "user's picture"):  # which is another data set, not a broken one
-                found[what, kind] = lambda runs, chance, what=what, kind=kind: damage(runs, what, kind, chance)
+                found[what, kind] = partial(damage, what=what, kind=kind)
     for name, job in WRITERS.items():
-        found["disk full", name] = lambda runs, chance, job=job: full_disk(runs, job, chance)
+        found["disk full", name] = partial(full_disk, job=job)
     for name in UPSTREAM:
-        found["upstream changed", name] = lambda runs, chance, name=name: upstream(runs, name, chance)
+        found["upstream changed", name] = partial(upstream, name=name)
     for name in WRITERS:
-        found["two processes at once", name] = lambda runs, chance, name=name: two_at_once(runs, name, chance)
+        found["two processes at once", name] = partial(two_at_once, name=name)
     for name in ("side by side", "a worker killed"):
-        found["sweep", name] = lambda runs, chance, name=name: sweep(runs, name, chance)
+        found["sweep", name] = partial(sweep, name=name)
     return found
 
 
@@ -420,7 +421,8 @@ SLOW = ("upstream changed", "two processes at once", "sweep")
 
 def try_all(place: Path, tries: int, seed: int, only: str = "") -> dict[tuple[str, str], Counter[str]]:
     """Outcomes of every fault whose names hold ``only``; the details of bad ones go to stderr."""
-    runs, found = Runs(place), {}
+    runs = Runs(place)
+    found: dict[tuple[str, str], Counter[str]] = {}
     for (what, kind), trial in faults().items():
         if only not in f"{what}: {kind}":
             continue

@@ -95,7 +95,8 @@ def changed(draw: st.DrawFn, sound: Any) -> Any:
     """A JSON value with one or two of its parts replaced by another value, or left out."""
     value = copy.deepcopy(sound)
     for _ in range(draw(st.integers(1, 2))):
-        node, parents = value, []
+        node: Any = value
+        parents: list[tuple[Any, Any]] = []
         while isinstance(node, dict | list) and node and (not parents or draw(st.booleans())):
             key = draw(st.sampled_from(list(node) if isinstance(node, dict) else list(range(len(node)))))
             parents.append((node, key))
