@@ -1,7 +1,8 @@
-"""What numeric precision and compilation do to scoring: speed of a forward pass, and the ranking.
+"""What numeric precision, layout and compilation do to scoring: speed of a forward pass, and the ranking.
 
-First a network's forward pass in float32, in bfloat16 and as torch.compile makes it, timed in turn, five times
-(medians, the seconds of compiling apart; on a CPU processor time, which counts no other work). Then the digits' queries
+First a network's forward pass in float32, in bfloat16, with channels last in memory and as torch.compile makes it,
+timed in turn, five times (medians, the seconds of compiling apart; on a CPU processor time, which counts no other
+work). Then the digits' queries
 scored in float32 and in another precision: rank correlation and recall of the highest k. Prints one JSON object on
 stdout, a table on stderr.
 
@@ -10,6 +11,7 @@ stdout, a table on stderr.
 """
 
 import argparse
+import copy
 import shutil
 import statistics
 import time
@@ -48,6 +50,8 @@ def speeds(name: str, precision: str, size: int) -> dict[str, Any]:
     sample, c_noise = torch.randn(size, *shape, device=device), torch.zeros(size, device=device)
     label = torch.zeros(size, dtype=torch.int64, device=device) if network.is_conditional else None
     compiled = torch.compile(network)
+    turned = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    turned_sample = sample.to(memory_format=torch.channels_last)
 
     def plain() -> Tensor:
         with torch.inference_mode():
@@ -57,6 +61,10 @@ def speeds(name: str, precision: str, size: int) -> dict[str, Any]:
         with matmul_precision(device, precision):
             return plain()
 
+    def channels_last() -> Tensor:
+        with torch.inference_mode():
+            return turned(turned_sample, c_noise, label)
+
     def fused() -> Tensor:
         with torch.no_grad():
             return compiled(sample, c_noise, label)
@@ -65,7 +73,7 @@ def speeds(name: str, precision: str, size: int) -> dict[str, Any]:
     fused()
     compiling = time.perf_counter() - started
     count = max(1, round(SECONDS / timed(plain, 2, clock)))
-    calls = {"float32": plain, precision: rounded, "compiled": fused}
+    calls = {"float32": plain, precision: rounded, "channels_last": channels_last, "compiled": fused}
     found: dict[str, list[float]] = {key: [] for key in calls}
     for _ in range(REPEATS):
         for key, call in calls.items():
@@ -77,6 +85,7 @@ def speeds(name: str, precision: str, size: int) -> dict[str, Any]:
         "device": str(device),
         "float32_ms": round(1e3 * median["float32"], 2),
         f"{precision}_speed": round(median["float32"] / median[precision], 2),
+        "channels_last_speed": round(median["float32"] / median["channels_last"], 2),
         "compiled_speed": round(median["float32"] / median["compiled"], 2),
         "compiling_seconds": round(compiling, 1),
     }
