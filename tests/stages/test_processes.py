@@ -114,29 +114,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(base: Path) -> tuple[Path, Path, int, str]:
-    """A sweep by one process and by two, whose last unlearning diverges; exit code and stderr of the latter."""
-    one, two = copy(base, base.parent / "one"), copy(base, base.parent / "two")
+    """A sweep by one process and by three, whose last unlearning diverges; exit code and stderr of the latter."""
+    one, three = copy(base, base.parent / "one"), copy(base, base.parent / "three")
     command = ["run", "-m", "unlearning.learning_rate=null,1e30", "stages=[unlearn,score]", *SWEEP]
     assert main([*command, f"run={one}"]) == 2
-    process = start(2, *command, f"run={two}")
+    process = start(3, *command, f"run={three}")
     _, err = process.communicate(timeout=TIMEOUT)
-    return one, two, process.returncode, err
+    return one, three, process.returncode, err
 
 
-def test_scores_races_and_features_of_two_processes_are_those_of_one_to_the_bit(
+def test_scores_races_and_features_of_three_processes_are_those_of_one_to_the_bit(
     shared: tuple[Path, Path, int, str],
 ) -> None:
-    one, two, _, err = shared
-    assert "2 processes" in err.splitlines()
-    assert tensors_in(two) == tensors_in(one)
-    scored = {path.parent.name: manifest_of(path.parent) for path in (two / "score").glob("*/scores.safetensors")}
-    assert len(scored) == 3 and all(manifest["processes"] == 2 for manifest in scored.values())
+    one, three, _, err = shared
+    assert "3 processes" in err.splitlines()
+    assert tensors_in(three) == tensors_in(one)
+    scored = {path.parent.name: manifest_of(path.parent) for path in (three / "score").glob("*/scores.safetensors")}
+    assert len(scored) == 3 and all(manifest["processes"] == 3 for manifest in scored.values())
     (races,) = [manifest["races"].values() for manifest in scored.values() if "races" in manifest]
     assert any(not race["is_exact"] for race in races)
-    (unlearned,) = (two / "unlearn").glob("*/manifest.json")
-    assert manifest_of(unlearned.parent)["processes"] == 2
+    (unlearned,) = (three / "unlearn").glob("*/manifest.json")
+    assert manifest_of(unlearned.parent)["processes"] == 3
     assert (unlearned.parent / "log.jsonl").read_text().count("\n") == NUM_QUERIES * 12
-    (features,) = (two / "score" / "_features").glob("*/features.safetensors")
+    (features,) = (three / "score" / "_features").glob("*/features.safetensors")
     assert load_file(features)["feature"].abs().amax(dim=1).min() > 0  # every block was computed
 
 
@@ -147,13 +147,13 @@ def test_an_error_of_one_process_ends_all_of_them_with_one_line(shared: tuple[Pa
     assert "exitcode  : 2" in err and code == 1  # ours, and torchrun's own
 
 
-def test_what_two_processes_began_until_one_was_killed_three_finish_to_the_bits_of_one(
+def test_what_three_processes_began_until_one_was_killed_two_finish_to_the_bits_of_one(
     base: Path, tmp_path: Path
 ) -> None:
     one, several = copy(base, tmp_path / "one"), copy(base, tmp_path / "several")
     command = ["run", "stages=[unlearn,score,evaluate]", *LDS]
     mucs(*command, f"run={one}")
-    killed = start(2, *command, f"run={several}")
+    killed = start(3, *command, f"run={several}")
     deadline = time.monotonic() + TIMEOUT
     while not list(several.glob("unlearn/*/query_*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -162,13 +162,13 @@ def test_what_two_processes_began_until_one_was_killed_three_finish_to_the_bits_
     assert killed.returncode != 0
     assert not (several / "evaluate" / "lds" / "manifest.json").exists()
 
-    run_by(3, *command, f"run={several}")
+    run_by(2, *command, f"run={several}")
     assert tensors_in(several) == tensors_in(one)
     results = [(run / "evaluate" / "lds" / "results.json").read_text() for run in (one, several)]
     assert results[0] == results[1]
     assert len(list((several / "retrain").glob("*/manifest.json"))) == 4
     for folder in (several / "evaluate" / "lds", *(several / "score").glob("mucs*")):
-        assert manifest_of(folder)["processes"] == 3
+        assert manifest_of(folder)["processes"] == 2
 
 
 def losses_of(run: Path) -> list[float]:
@@ -179,7 +179,6 @@ def losses_of(run: Path) -> list[float]:
 def test_two_processes_train_as_one_does_from_the_start_and_from_its_checkpoint_and_so_again(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh, again, resumed = tmp_path / "fresh", tmp_path / "again", tmp_path / "resumed"
     update = Trainer.update
 
     def interrupted(trainer: Trainer, image: Tensor, condition: Tensor | None) -> float:
@@ -189,15 +188,20 @@ def test_two_processes_train_as_one_does_from_the_start_and_from_its_checkpoint_
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", interrupted)
-        assert main(["train", *TRAINING, f"run={resumed}"]) == 130
-    run_by(2, "train", "-m", *TRAINING, f"run={fresh},{again},{resumed}")
-    for run, step in ((fresh, 0), (resumed, 10)):
+        assert main(["train", *TRAINING, f"run={tmp_path / 'resumed-0'}"]) == 130
+    runs = ",".join(f"{tmp_path / name}-${{model.dropout}}" for name in ("fresh", "again", "resumed"))
+    run_by(2, "train", "-m", *TRAINING, f"run={runs}", "model.dropout=0,0.3")
+    for name, step in (("fresh", 0), ("resumed", 10)):
+        run = tmp_path / f"{name}-0"
         assert manifest_of(run / "train")["processes"] == 2
         assert losses_of(run) == pytest.approx(losses_of(base), abs=1e-4)
         assert losses_of(run)[:step] == losses_of(base)[:step]
         assert losses_of(run)[step:] != losses_of(base)[step:]  # sums in another order: it is no copy
-    assert "going on from step 10" in (resumed / "train" / "log.txt").read_text()
-    assert tensors_in(again / "train" / "model") == tensors_in(fresh / "train" / "model")
+    assert "going on from step 10" in (tmp_path / "resumed-0" / "train" / "log.txt").read_text()
+    for dropout in ("0", "0.3"):
+        fresh, again = (tensors_in(tmp_path / f"{name}-{dropout}" / "train" / "model") for name in ("fresh", "again"))
+        assert again == fresh
+    assert losses_of(tmp_path / "fresh-0.3") != losses_of(tmp_path / "fresh-0")
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 24, 25])
