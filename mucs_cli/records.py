@@ -145,7 +145,6 @@ FORMS = {
     "inputs": are_inputs,
     "queries": are_queries,
     "outputs": are_outputs,
-    "progress": lambda value: isinstance(value, dict),
     "results": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
     "versions": is_text_mapping,
     "counts": lambda value: isinstance(value, dict),

@@ -25,9 +25,12 @@ from mucs_cli.text import printable
 
 log = logging.getLogger("mucs")
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+LOG = "log.txt"
 LINE_SECONDS = 10.0
 REHEARSED_SECONDS = 4.0
 """Of a loop that a rehearsal leaves early: enough for its pace."""
+LONG_REHEARSAL = 20.0
+"""Seconds, where units differ, as queries do in their updates and a race in its rounds: a few whole ones say most."""
 
 
 # --- device ----------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def stage_log(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handler = LogFileHandler(folder / "log.txt")
+    handler = LogFileHandler(folder / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import is_whole, write_text
+from mucs_cli.artifacts import is_intact, write_text
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 from mucs_cli.records import read_manifest
@@ -109,7 +109,7 @@ class Record:
         """Whether the run's file of condition vectors is whole and still what ``source`` would give."""
         return (
             self.has_conditions
-            and is_whole(self.folder, self.manifest, CONDITIONS)
+            and is_intact(self.folder, self.manifest, CONDITIONS)
             and self.manifest["source"]["condition_state"] == source.condition_state
             and self.file == source.files
         )
@@ -151,7 +151,7 @@ class Record:
 
 
 def check_output(folder: Path, manifest: dict[str, Any], name: str) -> None:
-    if not is_whole(folder, manifest, name):
+    if not is_intact(folder, manifest, name):
         raise MismatchError(
             str(folder / name),
             "is missing or not the file its manifest names (SHA-256 differs). Use overwrite=true to make it again.",

@@ -198,7 +198,7 @@ class Context:
         command: str,
         sections: tuple[str, ...] = (),
         inputs: Mapping[str, Any] | None = None,
-        queries: Mapping[int, str] | None = None,
+        queries: Mapping[int, str | None] | None = None,
         may_grow: tuple[str, ...] = (),
         scores_only: bool = True,
         file_of: Callable[[int], str] | None = None,
