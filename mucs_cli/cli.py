@@ -20,6 +20,7 @@ from mucs_cli import __version__, completion, help, interruption, processes, tra
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.files import user_path
 from mucs_cli.records import read_record
 from mucs_cli.text import printable
 
@@ -160,7 +161,7 @@ def split_flags(command: str, arguments: list[str]) -> tuple[list[str], list[str
 
 def user_folder(flag: str, folder: str) -> str:
     """A configuration folder as an absolute path: Hydra would start from its own place for some."""
-    path = Path(folder).expanduser().absolute()
+    path = user_path(folder).absolute()
     if not path.is_dir():
         raise UserError(flag, f"got {folder}; expected an existing folder of configuration files. Correct the path.")
     return str(path)
@@ -254,7 +255,7 @@ def recorded_kinds(command: str, typed: "list[Override]") -> list[str]:
     if not issubclass(COMMANDS[command].schema, PipelineConfig) or "run" not in given or "experiment" in given:
         return []
     try:
-        config = read_record(Path(str(given["run"].value())).expanduser() / "run.json")["config"]
+        config = read_record(user_path(str(given["run"].value())) / "run.json")["config"]
         kinds = {
             section: str(config[section]["name"])
             for section in SECTION_SCHEMAS

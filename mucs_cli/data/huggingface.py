@@ -20,6 +20,7 @@ from mucs_cli.data.labels import number_classes
 from mucs_cli.data.metadata import RESERVED, as_text
 from mucs_cli.data.pictures import PictureSource
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.files import user_path
 from mucs_cli.schemas import HuggingFaceConfig
 
 BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset")
@@ -36,7 +37,7 @@ class HuggingFaceSource(PictureSource):
     def __init__(self, config: HuggingFaceConfig):
         super().__init__(config)
         self.config = config
-        local = Path(os.path.abspath(os.path.expanduser(config.path)))
+        local = Path(os.path.abspath(user_path(config.path)))
         self.folder = local if local.exists() else None
         if self.folder is None and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
             raise UserError("data.path", f"got {config.path}: nothing there; expected a data set. Correct it.")

@@ -32,6 +32,7 @@ from mucs_cli.config import (
     validate,
 )
 from mucs_cli.errors import UserError
+from mucs_cli.files import user_path
 from mucs_cli.methods import METHODS
 from mucs_cli.records import read_manifest, read_record
 
@@ -241,7 +242,7 @@ def run_value(cfg: DictConfig) -> str:
 
 
 def absolute(path: str, cwd: Path) -> Path:
-    return Path(os.path.abspath(cwd / Path(path).expanduser()))
+    return Path(os.path.abspath(cwd / user_path(path)))
 
 
 def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:

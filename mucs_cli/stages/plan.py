@@ -213,7 +213,8 @@ def notes_on_updates(context: Context, cut: list[str]) -> tuple[str, ...]:
     if not MODEL_STAGES.isdisjoint(cut) and "unlearning" in context.method.unlearning_sections(context.config):
         return (f"at most: {config.num_steps} updates a query. Run stages=[{','.join(cut)}] first to know better",)
     manifest = require_manifest(context.folder("unlearn", context.unlearn_variant()), "unlearn")
-    updates = [record["num_steps"] for record in manifest["results"]]
+    recorded = [record.get("num_steps") for record in manifest.get("results", [])]
+    updates = [num_steps for num_steps in recorded if num_steps is not None]
     return (f"about {fmean(updates):.0f} updates a query",) if updates else ()
 
 
