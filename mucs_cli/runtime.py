@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 
 from mucs_cli import processes, tracking
 from mucs_cli.errors import UserError
+from mucs_cli.files import unlinked
 from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
 from mucs_cli.text import printable
 
@@ -141,11 +142,6 @@ class LogFileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """A disk that is full ends the command where results are written, not where it talks about them."""
-
-
-def unlinked(path: str, flags: int) -> int:
-    """``os.open`` of a path that must be no link."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def set_up_logging() -> None:
@@ -289,12 +285,12 @@ class Progress:
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
             note = note_of(self.numbers)
             log.info(
-                "%s: %d/%d %s, %.3g/s, %s left%s",
+                "%s: %d/%d %s, %s, %s left%s",
                 self.title,
                 self.done,
                 self.total,
                 self.unit,
-                rate,
+                "?/s" if rate is None else f"{rate:.3g}/s",
                 left,
                 note and f", {note}",
             )
@@ -304,9 +300,9 @@ class Progress:
         if current_rehearsal() is None:
             tracking.write(self.title, self.done, self.total, self.unit, self._rate(now), self.numbers)
 
-    def _rate(self, now: float) -> float:
-        """Units a second of this attempt."""
-        return (self.done - self.first) / max(now - self.started, 1e-9)
+    def _rate(self, now: float) -> float | None:
+        """Units a second of this attempt; None before the first."""
+        return (self.done - self.first) / max(now - self.started, 1e-9) if self.done > self.first else None
 
 
 def note_of(numbers: Mapping[str, tracking.Number]) -> str:
