@@ -10,7 +10,8 @@ from typing import Any
 
 from mucs_cli import locks, processes
 from mucs_cli.artifacts import empty
-from mucs_cli.runtime import LOG, stage_log, unlinked
+from mucs_cli.files import unlinked
+from mucs_cli.runtime import LOG, stage_log
 from mucs_cli.stage_folder import Stage, require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.tracking import PROGRESS
