@@ -9,11 +9,10 @@ on stdout, a table on stderr.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
-from bench_runs import CUTS, agreement, make_run, mucs, scores_of
+from bench_runs import CUTS, agreement, make_run, mucs, score, scores_of, take_away
 from printing import print_result
 
 
@@ -29,15 +28,13 @@ def main() -> None:
     arguments = parser.parse_args()
     run = arguments.folder / f"{arguments.data}-{arguments.queries}"
     make_run(arguments.data, run, arguments.queries)
-    shared = [f"run={run}", "device=cpu", f"noise_bank.num_draws={arguments.draws}", *arguments.keys]
-    unlearn_seconds = mucs("unlearn", *shared).seconds
-    shutil.rmtree(run / "score", ignore_errors=True)
+    take_away(run, "unlearn", "score")
+    shared = ["device=cpu", f"noise_bank.num_draws={arguments.draws}", *arguments.keys]
+    unlearn_seconds = mucs("unlearn", f"run={run}", *shared).seconds
     race = ["score.mode=adaptive", f"score.confidence={arguments.confidence}"]
     race += [] if arguments.k is None else [f"score.top_k={arguments.k}"]
-    adaptive_seconds = mucs("score", *shared, *race).seconds
-    (adaptive_name,) = variants(run)
-    exact_seconds = mucs("score", *shared).seconds
-    (exact_name,) = variants(run) - {adaptive_name}
+    adaptive_name, adaptive_cost = score(run, *shared, *race)
+    exact_name, exact_cost = score(run, *shared)
     (exact, _), (adaptive, manifest) = scores_of(run, exact_name), scores_of(run, adaptive_name)
     k, draws = manifest["top_k"], adaptive["draws"]
     recall, correlation = agreement(exact["score"], adaptive["score"], k)
@@ -59,9 +56,9 @@ def main() -> None:
             "exact_evaluations": evaluations["exact"],
             "adaptive_evaluations": evaluations["adaptive"],
             "evaluations_ratio": round(evaluations["adaptive"] / evaluations["exact"], 4),
-            "exact_seconds": round(exact_seconds, 1),
-            "adaptive_seconds": round(adaptive_seconds, 1),
-            "seconds_ratio": round(adaptive_seconds / exact_seconds, 4),
+            "exact_seconds": round(exact_cost.seconds, 1),
+            "adaptive_seconds": round(adaptive_cost.seconds, 1),
+            "seconds_ratio": round(adaptive_cost.seconds / exact_cost.seconds, 4),
             "unlearn_seconds": round(unlearn_seconds, 1),
             "recall_at_k": round(float(np.mean(recall)), 4),
             "lowest_recall_at_k": round(min(recall), 4),
@@ -70,10 +67,6 @@ def main() -> None:
             "queries_that_fell_back": sum(race["is_exact"] for race in manifest["races"].values()),
         }
     )
-
-
-def variants(run: Path) -> set[str]:
-    return {path.parent.name for path in (run / "score").glob("[!_]*/manifest.json")}
 
 
 if __name__ == "__main__":

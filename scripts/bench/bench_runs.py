@@ -1,7 +1,8 @@
-"""Runs that benchmarks score: digits, and colour squares of scikit-learn's two photographs."""
+"""What benchmarks share: `mucs` as a process, and runs of digits, or of squares of scikit-learn's two photographs."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,25 @@ def mucs(*arguments: str) -> Cost:
     if child.returncode:
         raise SystemExit(f"failed: mucs {' '.join(arguments)}")
     return Cost(time.perf_counter() - started, usage.ru_maxrss / 1024)
+
+
+def score(run: Path, *keys: str) -> tuple[str, Cost]:
+    """The variant that a ``mucs score`` adds to a run, and what it costs."""
+    before = variants(run)
+    cost = mucs("score", f"run={run}", *keys)
+    (name,) = variants(run) - before
+    return name, cost
+
+
+def variants(run: Path) -> set[str]:
+    """Those that are finished, by the names of their folders."""
+    return {path.parent.name for path in (run / "score").glob("[!_]*/manifest.json")}
+
+
+def take_away(run: Path, *folders: str) -> None:
+    """Deletes what a benchmark is to make, and to time, anew: of a run that was kept, it would find it up to date."""
+    for folder in folders:
+        shutil.rmtree(run / folder, ignore_errors=True)
 
 
 def make_run(kind: str, run: Path, num_queries: int) -> None:

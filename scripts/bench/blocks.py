@@ -3,7 +3,7 @@
 Ten handwritten digits stand on their heads, which no other image does; each is a query, and eight noisy copies of each,
 half of them moved by a pixel, are planted among the 1,797 digits. A DiT of three blocks learns them all without being
 told classes. Then every query is unlearned in the last 1, 2 or all 3 blocks, or as unlearning.trainable=auto does, and
-all images are scored. Prints one JSON object on stdout, a table on stderr. Needs a folder of its own below --folder.
+all images are scored. Prints one JSON object on stdout, a table on stderr. The trained model is kept below --folder.
 
     python scripts/bench/blocks.py [--draws 20] [--steps 3000] [--folder outputs/bench]
 """
@@ -13,7 +13,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from bench_runs import mucs
+from bench_runs import mucs, score, take_away
 from PIL import Image
 from printing import print_result
 from sklearn.datasets import load_digits
@@ -59,29 +59,27 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args()
     folder = arguments.folder / "planted"
-    run = f"run={folder / 'run'}"
+    run = folder / "run"
     if not (folder / "queries").exists():
         write_pictures(folder)
     data = ["data=image_folder", f"data.path={folder / 'data'}", "queries=folder", f"queries.path={folder / 'queries'}"]
     model = ["model=dit", "model.size=tiny", "model.dropout=0", "model.conditional=false", "diffusion=edm_auto"]
     training = [f"training.num_steps={arguments.steps}", "training.batch_size=128", "training.learning_rate=4e-3"]
     training += ["training.warmup_steps=200", "training.decay=cosine", "training.ema_decay=0.999"]
-    mucs("run", *data, *model, *training, run, "device=cpu", "stages=[train,sample]")
+    mucs("run", *data, *model, *training, f"run={run}", "device=cpu", "stages=[train,sample]")
+    take_away(run, "unlearn", "score", "evaluate")
     result = {"benchmark": "blocks", "queries": NUM_QUERIES, "planted": NUM_COPIES, "draws": arguments.draws}
     draws = f"noise_bank.num_draws={arguments.draws}"
-    known: set[str] = set()
     names = {}
     for choice, keys in CHOICES.items():
-        result[f"{choice}_unlearn_seconds"] = round(mucs("unlearn", run, draws, *keys).seconds, 1)
-        result[f"{choice}_score_seconds"] = round(mucs("score", run, draws, *keys).seconds, 1)
-        found = {path.parent.name for path in (folder / "run" / "score").glob("[!_]*/manifest.json")}
-        (names[choice],) = found - known
-        known = found
-    mucs("score", run, "method=pixel")
-    names["pixel"] = "pixel"
+        take_away(run, "score/_base")  # each choice pays for the base model's losses
+        result[f"{choice}_unlearn_seconds"] = round(mucs("unlearn", f"run={run}", *keys).seconds, 1)
+        names[choice], cost = score(run, draws, *keys)
+        result[f"{choice}_score_seconds"] = round(cost.seconds, 1)
+    names["pixel"], _ = score(run, "method=pixel")
     retrieval = ["evaluation=retrieval", "evaluation.relevant=column", "evaluation.column=source"]
-    mucs("evaluate", run, *retrieval, f"evaluation.k={NUM_COPIES}")
-    with (folder / "run" / "evaluate" / "retrieval" / "table.csv").open(newline="") as file:
+    mucs("evaluate", f"run={run}", *retrieval, f"evaluation.k={NUM_COPIES}")
+    with (run / "evaluate" / "retrieval" / "table.csv").open(newline="") as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     for choice, name in names.items():
         for key, value in rows[name].items():

@@ -53,7 +53,9 @@ def main() -> None:
     denoiser = load_denoiser(arguments.run / "train" / "model")
     denoiser.network.eval().requires_grad_(False)
     condition = None
-    if denoiser.network.is_conditional and record.label is not None:
+    if denoiser.network.is_conditional:
+        if record.has_conditions or record.label is None:
+            raise SystemExit(f"{arguments.run}: its model has vectors as conditions; expected class labels, or none.")
         condition = torch.from_numpy(record.label[: arguments.images])
     paths = sorted((arguments.run / "unlearn" / arguments.variant).glob("query_*.safetensors"))[: arguments.queries]
     models = [{}, *(load_file(path) for path in paths)]

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from bench_runs import CUTS, agreement, make_run, mucs, scores_of
+from bench_runs import CUTS, agreement, make_run, mucs, scores_of, variants
 from printing import print_result
 
 
@@ -39,7 +39,7 @@ def main() -> None:
         command = ["run", f"run={runs[name]}", "device=cpu", f"noise_bank.num_draws={arguments.draws}", *keys]
         first[name] = mucs(*command, "stages=[unlearn,score]", "queries.index=0").seconds
         others[name] = mucs(*command, "stages=[unlearn,score]").seconds
-    (exact, _), (fast, manifest) = (scores_of(runs[name], only_variant(runs[name])) for name in settings)
+    (exact, _), (fast, manifest) = (scores_of(run, *variants(run)) for run in runs.values())
     recall, _ = agreement(exact["score"], fast["score"], manifest["top_k"])
     mean = {name: (first[name] + others[name]) / arguments.queries for name in settings}
     print_result(
@@ -60,11 +60,6 @@ def main() -> None:
             "recall_at_k": round(float(np.mean(recall)), 4),
         }
     )
-
-
-def only_variant(run: Path) -> str:
-    (path,) = (run / "score").glob("[!_]*/manifest.json")
-    return path.parent.name
 
 
 if __name__ == "__main__":

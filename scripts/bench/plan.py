@@ -9,14 +9,13 @@ first with plan=true, then for real. Ratios are measured over predicted; the goa
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from bench_runs import mucs
 from printing import print_result
 
 PLAN = """
@@ -42,20 +41,10 @@ def predicted(arguments: list[str]) -> dict[str, float]:
     return figures
 
 
-def measured(arguments: list[str]) -> dict[str, float]:
-    """Seconds and MiB that the command takes."""
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "mucs_cli", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"mucs {' '.join(arguments)} failed")
-    return {"seconds": time.perf_counter() - started, "mib": usage.ru_maxrss / 2**10}
-
-
 def compare(arguments: list[str]) -> dict[str, Any]:
     """What is predicted, what is measured, and the ratio of the two."""
-    before, after = predicted(arguments), measured(arguments)
+    before, cost = predicted(arguments), mucs(*arguments)
+    after = {"seconds": cost.seconds, "mib": cost.peak_mib}
     return {
         "predicted": {name: round(value, 1) for name, value in before.items()},
         "measured": {name: round(value, 1) for name, value in after.items()},

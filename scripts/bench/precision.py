@@ -2,9 +2,8 @@
 
 First a network's forward pass in float32, in bfloat16, with channels last in memory and as torch.compile makes it,
 timed in turn, five times (medians, the seconds of compiling apart; on a CPU processor time, which counts no other
-work). Then the digits' queries
-scored in float32 and in another precision: rank correlation and recall of the highest k. Prints one JSON object on
-stdout, a table on stderr.
+work). Then the digits' queries scored in float32 and in another precision: rank correlation and recall of the highest
+k. Prints one JSON object on stdout, a table on stderr.
 
     python scripts/bench/precision.py [--model dit-tiny|dit-384|unet-tiny] [--precision bfloat16|tf32]
         [--queries 10] [--draws 100] [--k 36] [--folder FOLDER] [--no-ranking]
@@ -12,7 +11,6 @@ stdout, a table on stderr.
 
 import argparse
 import copy
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_runs import agreement, make_run, mucs, scores_of
+from bench_runs import agreement, make_run, mucs, score, scores_of, take_away
 from printing import print_result
 from score_throughput import build
 from torch import Tensor
@@ -95,16 +93,10 @@ def ranking(folder: Path, precision: str, queries: int, draws: int, k: int) -> d
     """Of the digits, in ``precision`` against float32; the run is kept."""
     run = folder / f"digits-{queries}"
     make_run("digits", run, queries)
-    shared = [f"run={run}", f"noise_bank.num_draws={draws}"]
-    mucs("unlearn", *shared)
-    shutil.rmtree(run / "score", ignore_errors=True)
-    found: list[np.ndarray] = []
-    for keys in ([], [f"score.precision={precision}"]):
-        before = set((run / "score").glob("[!_]*"))
-        mucs("score", *shared, *keys)
-        (new,) = set((run / "score").glob("[!_]*")) - before
-        found.append(scores_of(run, new.name)[0]["score"])
-    exact, other = found
+    mucs("unlearn", f"run={run}")
+    take_away(run, "score")
+    names = [score(run, f"noise_bank.num_draws={draws}", *keys)[0] for keys in ([], [f"score.precision={precision}"])]
+    exact, other = (scores_of(run, name)[0]["score"] for name in names)
     recall, correlation = agreement(exact, other, k)
     return {
         "queries": queries,
@@ -114,7 +106,7 @@ def ranking(folder: Path, precision: str, queries: int, draws: int, k: int) -> d
         "lowest_spearman": round(min(correlation), 5),
         "recall_at_k": round(float(np.mean(recall)), 4),
         "lowest_recall_at_k": round(min(recall), 4),
-        "largest_difference_of_a_score": float(np.abs(found[0] - found[1]).max()),
+        "largest_difference_of_a_score": float(np.abs(exact - other).max()),
     }
 
 

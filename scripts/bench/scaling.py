@@ -1,20 +1,19 @@
 """How scoring grows: time and peak memory with images N, queries Q and draws n doubled, and memory for large N.
 
 On pictures of 8x8 pixels of noise, with a small model: what the scores are does not matter here. Each figure is a
-`mucs score` in a process of its own; ratios are of the time beyond that of a command with hardly anything to do. Prints
-one JSON object on stdout, a table on stderr.
+`mucs score` of all queries of a run, in a process of its own; ratios are of the time beyond that of a command with one
+draw, which has hardly anything to do. Prints one JSON object on stdout, a table on stderr.
 
     python scripts/bench/scaling.py [--images 10000 100000] [--mode exact|adaptive]
 """
 
 import argparse
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runs import Cost, mucs
+from bench_runs import Cost, mucs, take_away
 from PIL import Image
 from printing import print_result
 
@@ -32,21 +31,22 @@ def write_pictures(folder: Path, count: int) -> None:
         Image.fromarray(source.integers(0, 256, (SIDE, SIDE), np.uint8)).save(place / f"{index:06d}.png")
 
 
-def make_run(folder: Path, count: int) -> Path:
-    """A run on ``count`` pictures with four queries that have been unlearned."""
-    run = folder / f"run-{count}"
-    write_pictures(folder / f"pictures-{count}", count)
-    data = ["data=image_folder", f"data.path={folder / f'pictures-{count}'}", "data.holdout=0", "diffusion=edm_auto"]
+def make_run(folder: Path, count: int, num_queries: int = QUERIES) -> Path:
+    """A run on ``count`` pictures whose queries have been unlearned."""
+    run, pictures = folder / f"run-{count}-{num_queries}", folder / f"pictures-{count}"
+    if not pictures.exists():
+        write_pictures(pictures, count)
+    data = ["data=image_folder", f"data.path={pictures}", "data.holdout=0", "diffusion=edm_auto"]
     model = ["model=dit", "model.width=32", "model.num_layers=2", "model.num_heads=2", "training.num_steps=20"]
-    queries = ["queries.num=4", "sampler.num_steps=2", "unlearning.num_steps=2", "stages=[train,sample,unlearn]"]
-    mucs("run", f"run={run}", "device=cpu", *data, *model, *queries)
+    queries = [f"queries.num={num_queries}", "sampler.num_steps=2", "unlearning.num_steps=2"]
+    mucs("run", f"run={run}", "device=cpu", "stages=[train,sample,unlearn]", *data, *model, *queries)
     return run
 
 
-def score(run: Path, queries: int, draws: int, mode: str) -> Cost:
+def score(run: Path, draws: int, mode: str) -> Cost:
     """From nothing but the unlearned models."""
-    shutil.rmtree(run / "score", ignore_errors=True)
-    keys = ["device=cpu", f"queries.index=0:{queries}", f"noise_bank.num_draws={draws}", "unlearning.num_steps=2"]
+    take_away(run, "score")
+    keys = ["device=cpu", f"noise_bank.num_draws={draws}", "unlearning.num_steps=2"]
     return mucs("score", f"run={run}", f"score.mode={mode}", "score.batch_size=512", *keys)
 
 
@@ -59,21 +59,22 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "scaling", "mode": arguments.mode}
     with tempfile.TemporaryDirectory() as temporary:
-        runs = {count: make_run(Path(temporary), count) for count in (IMAGES, 2 * IMAGES, *arguments.images)}
-        start = score(runs[IMAGES], 1, 1, arguments.mode).seconds
+        runs = {count: make_run(Path(temporary), count) for count in {IMAGES, 2 * IMAGES, *arguments.images}}
+        more_queries = make_run(Path(temporary), IMAGES, 2 * QUERIES)
+        start = score(runs[IMAGES], 1, arguments.mode).seconds
         result["start_seconds"] = round(start, 2)
-        base = score(runs[IMAGES], QUERIES, DRAWS, arguments.mode)
+        base = score(runs[IMAGES], DRAWS, arguments.mode)
         for name, cost in {
             "base": base,
-            "images_doubled": score(runs[2 * IMAGES], QUERIES, DRAWS, arguments.mode),
-            "queries_doubled": score(runs[IMAGES], 2 * QUERIES, DRAWS, arguments.mode),
-            "draws_doubled": score(runs[IMAGES], QUERIES, 2 * DRAWS, arguments.mode),
+            "images_doubled": score(runs[2 * IMAGES], DRAWS, arguments.mode),
+            "queries_doubled": score(more_queries, DRAWS, arguments.mode),
+            "draws_doubled": score(runs[IMAGES], 2 * DRAWS, arguments.mode),
         }.items():
             result[f"{name}_seconds"] = round(cost.seconds, 2)
             result[f"{name}_ratio"] = round((cost.seconds - start) / (base.seconds - start), 2)
             result[f"{name}_peak_mib"] = round(cost.peak_mib)
         for count in arguments.images:
-            cost = score(runs[count], QUERIES, 4, arguments.mode)
+            cost = score(runs[count], 4, arguments.mode)
             result[f"{count}_images_seconds"] = round(cost.seconds, 1)
             result[f"{count}_images_peak_mib"] = round(cost.peak_mib)
     print_result(result)
