@@ -53,11 +53,16 @@ OmegaConf.register_new_resolver("score_mode", lambda speed: SCORE_MODES.get(spee
 def sweep_folder(*, _root_: DictConfig) -> str:
     """Where a sweep keeps its multirun.yaml: its run's folder; a temporary one where each job has another.
 
-    That is so where ``run`` is swept over, and so not there yet, or refers to other keys, which may be.
+    That is so where ``run`` is swept over, so that there is none yet or an experiment's, or refers to other keys, which
+    may be swept over.
     """
-    if "run" in _root_ and not OmegaConf.is_interpolation(_root_, "run"):
-        return str(_root_["run"])
-    return f"{os.environ.get('TMPDIR') or '/tmp'}/mucs"
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    typed = OverridesParser.create().parse_overrides(list(OmegaConf.select(_root_, "hydra.overrides.task") or []))
+    is_swept = any(override.key_or_group == "run" and override.is_sweep_override() for override in typed)
+    if is_swept or "run" not in _root_ or OmegaConf.is_interpolation(_root_, "run"):
+        return f"{os.environ.get('TMPDIR') or '/tmp'}/mucs"
+    return str(_root_["run"])
 
 
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)

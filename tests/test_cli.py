@@ -145,6 +145,7 @@ def test_help_has_a_methods_key_again_only_where_its_default_meaning_or_range_di
         ("-sc install=fish", "-sc: got install=fish; expected install=bash."),
         ("status run=r", "run: got {here}/r; expected the folder of a run."),
         ("unlearn run=r", "{here}/r/run.json: not found;"),
+        ("unlearn run='~nosuch/r'", "{here}/~nosuch/r/run.json: not found;"),
     ],
 )  # fmt: skip
 def test_a_users_error_is_one_line_that_names_the_key(
@@ -221,13 +222,16 @@ def test_the_settings_for_slurm_compose(here: Path, capsys: pytest.CaptureFixtur
         ("training:\n  num_steps: few\n", "training.num_steps: got 'few'; expected an integer (in experiment/mine): "),
         ("defaults:\n  - override /model: nosuch\n", "configuration: In 'pipeline': Could not find 'model/nosuch'; "),
         ("training:\n  num_steps: -3\n", "training.num_steps: got -3; expected at least 1"),
+        ("# \udcff\n", "{here}/conf/experiment/mine.yaml: is not UTF-8 (invalid start byte at byte 29)."),
+        (f"x: {'[' * 3000}\n", "configuration: a file is nested too deep"),
     ],
 )  # fmt: skip
 def test_an_error_in_a_users_own_file_is_one_line(
     text: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "conf" / "experiment").mkdir(parents=True)
-    (here / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\nrun: r\n{text}")
+    content = f"# @package _global_\nrun: r\n{text}".encode(errors="surrogateescape")
+    (here / "conf" / "experiment" / "mine.yaml").write_bytes(content)
     assert error_of(["train", "-cd", "conf", "experiment=mine"], capsys).startswith(
         message.replace("{here}", str(here))
     )
@@ -236,8 +240,9 @@ def test_an_error_in_a_users_own_file_is_one_line(
 def test_a_users_own_experiment_is_used(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "conf" / "experiment").mkdir(parents=True)
     (here / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: mine\nseed: 12\n")
-    assert main(["train", "experiment=mine", "-cd", "conf", "--cfg", "job"]) == 0
-    assert "run: mine\nseed: 12\n" in capsys.readouterr().out
+    for flags in (["-cd", "conf"], ["hydra.searchpath=[conf]"], [f"hydra.searchpath=[file://{here}/conf]"]):
+        assert main(["train", "experiment=mine", *flags, "--cfg", "job"]) == 0
+        assert "run: mine\nseed: 12\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -337,6 +342,17 @@ def test_a_sweep_writes_only_into_the_runs_folder(here: Path, capsys: pytest.Cap
     assert (here / "r" / "sample" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("run", ["o/seed-${seed}", "o/a,o/b"])
+def test_a_sweep_over_runs_leaves_nothing_in_a_run_that_nobody_asked_for(
+    run: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(here / "tmp"))
+    assert main(["train", "-m", f"run={run}", "seed=1,2", *TINY[:1], "training.num_steps=-1"]) == 2
+    assert len(list(here.glob("tmp/mucs/sweeps/train/*/multirun.yaml"))) == 1
+    assert {path.name for path in here.iterdir()} <= {"o", "tmp"} and not list(here.glob("o/**/multirun.yaml"))
+    assert not (here / "o" / "seed-0").exists()
+
+
 def test_a_run_is_done_once_and_its_status_told_and_cleaned(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *TINY, "sampler.num_steps=2", "queries.num=1", "stages=[train,sample]"]) == 0
     capsys.readouterr()
@@ -398,6 +414,37 @@ def test_cleaning_leaves_what_unfinished_stages_need(tmp_path: Path) -> None:
         folder / "checkpoint",
         folder / "scores.safetensors.partial",
     }
+
+
+def test_cleaning_never_goes_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, run = tmp_path / "digits", tmp_path / "run"
+    for folder in (other / "data", other / "base" / "a", other / "checkpoint", run / "train", run / "score" / "_own"):
+        folder.mkdir(parents=True)
+    for folder in (other / "data", other / "base" / "a", run / "train"):
+        (folder / "manifest.json").write_text('{"stage": "score"}')
+    for name in ("data/x.partial", "data/images.safetensors", "base/a/x", "checkpoint/x"):
+        (other / name).write_bytes(b"x" * 1000)
+    (run / "score" / "_base").symlink_to(other)
+    (run / "score" / "_features").symlink_to(other / "base")
+    (run / "score" / "_own" / "a").symlink_to(other / "base" / "a")
+    (run / "train" / "checkpoint").symlink_to(other / "checkpoint")
+    (run / "train" / "x.partial").symlink_to(other / "data" / "x.partial")
+    (run / "data").symlink_to(other / "data")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    assert main(["status", f"run={run}", "clean=true"]) == 0
+    out = capsys.readouterr().out
+    assert "deleted 0 B (0 bytes)" in out
+    for name in ("data", "train", "score/_base/data", "score/_features/a", "score/_own/a"):
+        assert re.search(rf"^{name} +done", out, re.MULTILINE), name
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_state_of_another_hand_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train").mkdir()
+    line = json.dumps({"done": 1, "total": 2, "unit": "[/x]\x1b[2J"})
+    (tmp_path / "train" / "progress.jsonl").write_text(f"{line}\n")
+    assert main(["status", f"run={tmp_path}"]) == 0
+    assert "unfinished, 1 of 2 [/x]\\x1b[2J" in capsys.readouterr().out
 
 
 def test_a_later_command_accepts_keys_of_the_runs_own_kind_of_model(

@@ -1,6 +1,7 @@
 """Records, tensor files and files in the making: damage is noticed, wherever it hits."""
 
 import json
+import os
 import random
 import threading
 import time
@@ -15,8 +16,10 @@ from mucs_cli import locks
 from mucs_cli.artifacts import empty, read_tensors, write_record, write_tensors
 from mucs_cli.block_file import BlockFile, map_tensor
 from mucs_cli.errors import DamagedError, UserError
-from mucs_cli.records import read_manifest, read_record
+from mucs_cli.records import read_json, read_manifest, read_record
 from mucs_cli.stage_folder import Stage
+from mucs_cli.stages.status import progress_of
+from mucs_cli.tracking import last_line
 
 RECORD: dict[str, Any] = {
     "format_version": 1,
@@ -61,6 +64,13 @@ def test_a_record_reads_back_without_its_checksum_and_one_of_an_earlier_version_
         ("queries", {"one": "a"}),
         ("queries", {"1": 5}),
         ("results", [1]),
+        ("results", [{"num_steps": 3}]),
+        ("results", [{"query": "0"}]),
+        ("results", [{"query": 0, "num_steps": "3"}]),
+        ("queries", {"1" * 5000: "a"}),
+        ("seconds", float("inf")),
+        ("seconds", float("nan")),
+        ("seconds", -1),
         ("config", []),
         ("unlearn_variant", "../../elsewhere"),
         ("unlearn_variant", "a/b"),
@@ -80,6 +90,21 @@ def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError):
         read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_and_not_read(tmp_path: Path, kind: str) -> None:
+    for path in (tmp_path / "manifest.json", tmp_path / "progress.jsonl", tmp_path / "x.journal"):
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+    with pytest.raises(DamagedError, match=r"manifest\.json: cannot be read as JSON"):
+        read_json(tmp_path / "manifest.json")
+    assert last_line(tmp_path) == {}
+    assert progress_of(tmp_path) == "unfinished"
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mucs_cli.errors import UserError
 from mucs_cli.records import read_record
 from mucs_cli.reporting.tables import Table, print_table
 from mucs_cli.runtime import log, stage_log
+from mucs_cli.stages.growing_losses import create, is_of_shape
 
 HOSTILE = "=cmd|' /C calc'!A0\x1b]0;owned\x07"
 """A formula for a spreadsheet, and a sequence that renames a terminal."""
@@ -87,6 +88,9 @@ def test_what_a_users_file_names_as_code_has_not_run_when_it_is_refused(
         ("{job: {chdir: true}}", "hydra.job.chdir"),
         ("{run: {dir: /elsewhere}}", "hydra.run.dir"),
         ("{output_subdir: x}", "hydra.output_subdir"),
+        ("{job: {name: ../x}}", "hydra.job.name"),
+        ("{env: {x: y}}", "hydra.env"),
+        ("{help: {template: x}}", "hydra.help.template"),
         ("{sweep: {dir: /elsewhere}}", "hydra.sweep.dir"),
     ],
 )
@@ -97,8 +101,72 @@ def test_settings_that_choose_programs_or_write_anywhere_may_be_typed_and_not_co
     line = fails(capsys, "train", "-cd", "conf", "experiment=mine")
     assert f"{key}: {here}/conf gives it" in line and "Type it on the command line" in line
     (here / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: r\n")
-    typed = {"hydra.job.env_set": "+hydra.job.env_set.MUCS_TRIED=x"}.get(key, f"{key}=false")
+    lists = {"hydra.env": "+hydra.env.x=y"}
+    typed = {"hydra.job.env_set": "+hydra.job.env_set.MUCS_TRIED=x", **lists}.get(key, f"{key}=false")
     assert main(["train", "-cd", "conf", "experiment=mine", typed, "--cfg", "job"]) == 0
+
+
+ASSEMBLED = (
+    "{${oc.select:zz,_ta}rget_: pathlib.Path.touch, self: {${oc.select:zz,_ta}rget_: pathlib.Path, _args_: [acted]}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (f"{{callbacks: {{x: \"${{oc.${{oc.select:zz,decode}}:'{ASSEMBLED}'}}\"}}}}", "hydra.callbacks.x: "),
+        ("{callbacks: {x: 1}}", "hydra.callbacks: "),
+        (
+            "{job_logging: {handlers: {x: {class: logging.FileHandler, filename: acted}}}}",
+            "hydra.job_logging.handlers: ",
+        ),
+        ("{hydra_logging: {loggers: {x: {}}}}", "hydra.hydra_logging.loggers: "),
+        ("{verbose: true}", "hydra.verbose: "),
+        ("{sweeper: {params: {hydra.job_logging.version: '1'}}}", "hydra.sweeper.params.hydra.job_logging.version: "),
+        ("{sweeper: {params: {experiment: 'digits,other'}}}", "hydra.sweeper.params.experiment: "),
+        ("{sweeper: {params: {+seed: '1'}}}", "hydra.sweeper.params.+seed: "),
+        ("{sweeper: {params: {seed: '${device}'}}}", "hydra.sweeper.params.seed: "),
+    ],
+)
+def test_below_hydra_a_users_file_sets_a_launcher_and_a_sweeper_within_bounds_and_nothing_else(
+    settings: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "conf" / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\nrun: r\ntraining: {{num_steps: -1}}\nhydra: {settings}\n"
+    )
+    assert f"mucs: error: {message}{here}/conf " in fails(capsys, "train", "-cd", "conf", "-m", "experiment=mine")
+    assert not (here / "acted").exists()
+
+
+def test_a_users_file_sweeps_over_keys_with_a_launcher_of_its_choice(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = "hydra: {sweeper: {max_batch_size: 2, params: {training.num_steps: '0,-1'}}}"
+    (here / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\nrun: r\n{sweep}\n")
+    assert "training.num_steps: got 0" in fails(capsys, "train", "-cd", "conf", "-m", "experiment=mine")
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("${oc.${oc.select:zz,env}:HOME}", "whose name is not written out"),
+        ("${${oc.select:zz,seed}}", "whose name is not written out"),
+        ("${os.system:x}", "the resolver os.system"),
+        ("${seed" + "}${seed" * 30 + "}", "more than 20 references in a string"),
+    ],
+)
+def test_a_reference_in_a_users_file_names_its_resolver(
+    value: str, what: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "conf" / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\nrun: r\ntraining: {{num_steps: -1}}\ndevice: '{value}'\n"
+    )
+    line = fails(capsys, "train", "-cd", "conf", "experiment=mine")
+    assert line.startswith(f"mucs: error: device: {here}/conf gives it ") and what in line
+    (here / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nrun: '${oc.env:HOME}/${now:%Y}/${.seed}'\ndevice: ${oc.select:zz,cpu}\n"
+    )
+    assert main(["train", "-cd", "conf", "experiment=mine", "--cfg", "job"]) == 0
 
 
 def test_a_launchers_shell_commands_do_not_come_from_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +294,15 @@ def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert victim.read_text() == "precious\n"
 
 
+def test_growing_losses_are_not_written_through_a_link(tmp_path: Path) -> None:
+    create(tmp_path / "victim", (2, 3))
+    assert is_of_shape(tmp_path / "victim", (2, 3))
+    (tmp_path / "losses.growing").symlink_to(tmp_path / "victim")
+    assert not is_of_shape(tmp_path / "losses.growing", (2, 3))
+    create(tmp_path / "losses.growing", (2, 3))  # in place of the link
+    assert not (tmp_path / "losses.growing").is_symlink()
+
+
 def test_a_command_on_a_run_whose_log_is_a_link_is_refused(
     hostile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,9 +341,22 @@ def test_a_run_record_of_another_hand_is_refused_or_only_data(
         {"method": {"name": "mucs", "_target_": "os.system"}},
         {"unlearning": "${oc.decode:x}"},
         {"seed": "${"},
+        {"seed": "${" * 1500 + "}" * 1500},
+        {"seed": "${oc.${oc.select:zz,decode}:x}"},
+        {"z0": "x" * 100} | {f"z{i + 1}": f"${{z{i}}}${{z{i}}}" for i in range(60)},
+        {"score": {"group_by": ["x", *(f"${{score.group_by.{i}}}${{score.group_by.{i}}}" for i in range(60))]}},
+        {"score": {"group_by": [f"${{score.group_by.{i + 1}}}" for i in range(3000)]}},
+        {"score": {"group_by": [[f"${{score.group_by.{i + 1}}}"] * 2 for i in range(60)]}},
+        {"score": {"nosuch": 1}},
     ):
         (run / "run.json").write_text(json.dumps(record | {"config": record["config"] | changed}))
         fails(capsys, "sample", f"run={run}")
+    (run / "run.json").write_text(json.dumps(record))
+    manifest = read_record(run / "train" / "manifest.json")
+    for training in ([1], manifest["config"]["training"] | {"decay": "${oc.decode:x}"}):
+        changed = manifest | {"config": manifest["config"] | {"training": training}}
+        (run / "train" / "manifest.json").write_text(json.dumps(changed))
+        assert f"{run}/train/manifest.json: got " in fails(capsys, "sample", f"run={run}")
 
 
 def bomb(path: Path, **parts: object) -> Path:

@@ -86,6 +86,45 @@ def test_a_folder_that_takes_no_line_stops_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "missing").exists()
 
 
+def test_the_rate_is_null_before_the_first_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "LINE_SECONDS", 0.0)
+    with stage_log(tmp_path), Progress("unlearn", 3, "queries", 1) as progress:
+        progress.advance(0, {"query": 1})
+        progress.advance(1)
+    first, second = lines_of(tmp_path)
+    assert first["rate"] is None and first["seconds_left"] is None
+    assert second["rate"] > 0
+
+
+def test_nothing_is_written_through_a_link_and_a_full_disk_stops_no_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    victim, folder = tmp_path / "victim", tmp_path / "train"
+    folder.mkdir()
+    victim.write_text("precious")
+    (folder / "progress.jsonl").symlink_to(victim)
+    monkeypatch.setattr(tracking, "_tracker", "tensorboard")
+    monkeypatch.setattr(tracking.ProgressFolder, "_add_scalars", full)
+    with tracking.in_folder(folder):
+        loop(0, 2)
+    assert victim.read_text() == "precious"
+    monkeypatch.undo()
+    monkeypatch.setattr(tracking, "_tracker", "tensorboard")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    with tracking.in_folder(folder):
+        loop(0, 2)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_line_nested_beyond_measure_is_no_line(tmp_path: Path) -> None:
+    (tmp_path / "progress.jsonl").write_text('{"done": 1}\n' + "[" * 100_000 + "\n")
+    assert tracking.last_line(tmp_path) == {"done": 1}
+
+
 def test_training_leaves_its_loss_and_the_status_says_how_far_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +160,7 @@ def test_tensorboard_gets_the_same_numbers_and_changes_no_result(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr(runtime, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(tracking, "_tracker", "none")  # as it was, for the tests that follow
     plain, tracked = tmp_path / "plain", tmp_path / "tracked"
     mucs("train", *TRAIN, f"run={plain}")
     mucs("train", *TRAIN, f"run={tracked}", "tracker=tensorboard")

@@ -20,6 +20,7 @@ from mucs_cli.errors import UserError
 from mucs_cli.schemas import HuggingFaceConfig
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
 
 Crop = Callable[..., np.ndarray]
 NAMES = ["roof", "wall", "sky"]
@@ -212,6 +213,39 @@ def test_a_split_published_without_labels_has_none(tmp_path: Path, rows: dict[st
     assert "got no class in column label" in refusal(tmp_path / "data", tmp_path / "r", label_column="label").message
 
 
+@pytest.mark.parametrize("wrong", [3, -2])
+@pytest.mark.parametrize("keys", [{}, {"metadata_columns": []}])
+def test_a_class_that_there_is_not_is_refused(
+    tmp_path: Path, table: "datasets.Dataset", wrong: int, keys: dict[str, object]
+) -> None:
+    table = table.remove_columns("label").add_column("label", [0, 1, wrong, 0, 0, 0])
+    cast = pyarrow.table(table.data.table.to_pydict(), schema=table.features.arrow_schema)
+    features = datasets.Features({**table.features, "label": datasets.ClassLabel(names=NAMES)})
+    datasets.Dataset(cast, info=datasets.DatasetInfo(features=features)).save_to_disk(tmp_path / "data")
+    error = refusal(tmp_path / "data", tmp_path / "run", **keys)
+    assert str(error).startswith(f"train[2]: got class {wrong} in column label; expected 0 to 2.")
+
+
+def test_a_row_of_a_data_set_on_the_hub_names_no_file_outside_the_hubs_caches(
+    tmp_path: Path, rows: dict[str, list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    inside, outside = tmp_path / "cache" / "a.png", tmp_path / "private.png"
+    for path in (inside, outside):
+        path.write_bytes(rows["img"][0]["bytes"])
+    (tmp_path / "cache" / "b.png").symlink_to(outside)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    source = huggingface.HuggingFaceSource(HuggingFaceConfig(path="somebody/pictures"))
+    source.image_column = "img"
+    source.dataset = [
+        {"img": {"bytes": None, "path": str(path)}} for path in (inside, outside, tmp_path / "cache" / "b.png")
+    ]
+    assert source.content(0) == inside
+    for row in (1, 2):
+        with pytest.raises(UserError, match="which is not in the data set"):
+            source.content(row)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +254,7 @@ def test_a_split_published_without_labels_has_none(tmp_path: Path, rows: dict[st
     [
         ({"split": "trian"}, "data.split", "has train, test. Did you mean 'train'?"),
         ({"image_column": "image"}, "data.image_column", "got image; the data set has img, label, caption, tags."),
+        ({"image_column": "label"}, "data.image_column", "got label, of ClassLabel"),
         ({"label_column": "lable"}, "data.label_column", "Did you mean 'label'?"),
         ({"label_column": "tags"}, "data.label_column", "expected whole numbers or names"),
         ({"metadata_columns": ["artist"]}, "data.metadata_columns", "got artist; the data set has"),

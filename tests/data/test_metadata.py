@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mucs_cli.data.dataset import ImageDataset, load_dataset
-from mucs_cli.data.labels import number_classes
+from mucs_cli.data.labels import is_number, is_whole, number_classes
 from mucs_cli.errors import UserError
 from mucs_cli.schemas import ImageFolderConfig
 
@@ -294,3 +294,4 @@ def test_a_missing_condition_file_and_a_row_that_is_not_there_are_refused(
     write_lines(photo_folder, [{"file_name": f, "condition_index": 6 if f == FILES[2] else 0} for f in FILES])
     error = refusal(photo_folder, condition_file="c.safetensors")
     assert error.subject == FILES[2] and "got condition_index '6'; expected a row of" in error.message
+    assert not is_whole("1" * 5000) and not is_number("1" * 5000)

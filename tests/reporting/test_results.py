@@ -1,15 +1,17 @@
 """Rankings read back from disk."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from reporting_runs import RunBuilder
 
-from mucs_cli.artifacts import sha256_file, write_record, write_tensors
+from mucs_cli.artifacts import read_tensors, sha256_file, write_record, write_tensors
 from mucs_cli.errors import UserError
-from mucs_cli.records import read_manifest
+from mucs_cli.records import read_manifest, read_record
 from mucs_cli.reporting.comparison import differing_settings, overlap, spearman
+from mucs_cli.reporting.evaluations import evaluation_views
 from mucs_cli.reporting.results import RunResults, variant_order
 
 
@@ -140,6 +142,50 @@ def test_damaged_scores_are_refused(finished: RunBuilder) -> None:
         RunResults(finished.run).variant("mucs")
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match="SHA-256 differs"):
+        RunResults(finished.run).variant("mucs")
+
+
+def changed(folder: Path, **parts: object) -> None:
+    """The manifest with other parts, without those that are None; forged, so sealed."""
+    record = read_record(folder / "manifest.json") | parts
+    write_record(folder / "manifest.json", {key: value for key, value in record.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("table.md", ""),
+        ("table.md", "title\n\n| variant |\n| :-- |\n| mucs |\n"),
+        ("table.csv", "variant,auc,auc_low,auc_high\n"),
+        ("table.csv", "variant,queries,auc,auc_low,auc_high,expected\nmucs,3,0.66,0.5,0.75,0.5\n"),
+    ],
+)
+def test_a_table_that_does_not_fit_its_other_form_is_refused(finished: RunBuilder, name: str, content: str) -> None:
+    finished.evaluation()
+    folder = finished.run / "evaluate" / "overlap"
+    (folder / name).write_text(content)
+    outputs = {file: {"sha256": sha256_file(folder / file), "bytes": 1} for file in ("table.md", "table.csv")}
+    changed(folder, outputs=outputs, ended=None, seconds=None)
+    with pytest.raises(UserError, match=r"table\.md: does not fit .*table\.csv"):
+        evaluation_views(RunResults(finished.run), images=True)
+
+
+@pytest.mark.parametrize("part", ["fingerprint", "levels"])
+def test_data_without_what_scores_are_compared_by_are_refused(finished: RunBuilder, part: str) -> None:
+    changed(finished.run / "data", **{part: None})
+    with pytest.raises(UserError, match=rf"data/manifest\.json: got {part} None"):
+        RunResults(finished.run)
+
+
+@pytest.mark.parametrize("name", ["example_id", "query_id"])
+def test_scores_of_images_or_queries_that_cannot_be_are_refused(finished: RunBuilder, name: str) -> None:
+    folder = finished.run / "score" / "mucs"
+    tensors = read_tensors(folder / "scores.safetensors")
+    tensors[name][0] = -1
+    write_tensors(folder / "scores.safetensors", tensors)
+    sha256 = sha256_file(folder / "scores.safetensors")
+    changed(folder, outputs={"scores.safetensors": {"sha256": sha256, "bytes": 1}})
+    with pytest.raises(UserError, match=r"score/mucs: scores (image|query) -1; this run has"):
         RunResults(finished.run).variant("mucs")
 
 

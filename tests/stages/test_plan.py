@@ -1,5 +1,6 @@
 """``plan=true`` on a slice of the digits: what it counts, what it leaves alone, where it says that it cannot tell."""
 
+import os
 import re
 from pathlib import Path
 
@@ -176,13 +177,12 @@ def test_a_method_without_a_word_of_its_own_on_plans_is_counted(
 def test_a_run_from_nothing_is_planned_to_its_end_with_a_bound_on_unlearning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "digits"
-    run.mkdir()
+    run = tmp_path / "outputs" / "digits"
     keys = [*TRAIN, *SAMPLE, f"noise_bank.num_draws={NUM_DRAWS}", "unlearning.max_steps=7", "report.k=3"]
     capsys.readouterr()
     mucs("run", f"run={run}", *keys, "plan=true")
     out = capsys.readouterr().out
-    assert contents(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
     stages = [line.split()[0] for line in out.splitlines() if line.strip()]
     assert [stage for stage in dict.fromkeys(stages) if stage in {*COMMANDS, "report", "total"}] == [
         *COMMANDS,
@@ -211,6 +211,30 @@ def test_what_a_command_refuses_its_plan_refuses_in_the_same_words(
         line = fails(capsys, command, *keys)
         assert fails(capsys, command, *keys, "plan=true") == line
         assert ".mucs-plan-" not in line
+
+
+def test_a_plans_shadow_enters_each_folder_once_and_links_only_where_a_stage_is(tmp_path: Path) -> None:
+    run, disk = tmp_path / "digits", tmp_path / "disk"
+    for folder in (run / "train", run / "train" / "below", disk / "sample", disk / "score" / "mucs", disk / "home"):
+        folder.mkdir(parents=True)
+        (folder / "x.txt").write_text("x")
+    (disk / "sample" / "manifest.json").write_text("{}")
+    (disk / "score" / "mucs" / "state.json").write_text("{}")
+    for name in ("sample", "score"):
+        (run / name).symlink_to(disk / name)
+        (disk / name / "back").symlink_to(run)
+    (run / "home").symlink_to(disk / "home")
+    (run / "again").symlink_to(run / "sample")
+    (run / "train" / "up").symlink_to(run)
+    os.mkfifo(run / "train" / "log.txt")
+    with plan.shadow_of(run) as shadow:
+        found = {str(path.relative_to(shadow)) for path in shadow.rglob("*.txt")}
+    assert {name for name in found if not name.startswith("again")} - {"sample/x.txt"} == {
+        "train/x.txt",
+        "train/below/x.txt",
+        "score/mucs/x.txt",
+    }
+    assert len({"sample/x.txt", "again/x.txt"} & found) == 1
 
 
 def test_how_far_unlearning_is_follows_from_its_updates_or_the_way_to_its_bound() -> None:
