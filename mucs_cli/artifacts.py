@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import zlib
@@ -23,6 +25,7 @@ from mucs_cli import __version__, processes
 from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.records import sealed
 
+log = logging.getLogger("mucs")
 TENSOR_CHECKSUM = "crc32"
 REDO = "Restore it from a copy, or redo its stage with overwrite=true."
 
@@ -40,7 +43,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """
     if not processes.is_first():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # containers that share a disk may all have process 1
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -62,12 +66,21 @@ def sync(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Puts a file, which is never written to again, into another place; what is there is replaced."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
+    """Puts a file, which is never written to again, into another place; what is there is replaced, atomically.
+
+    Of several processes only the first one does.
+
+    Raises:
+        UserError: as ``write_atomic``.
+    """
+
+    def put(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+
+    write_atomic(target, put)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,6 +157,18 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     return tensors
 
 
+def read_kept(path: Path) -> dict[str, Tensor]:
+    """What an attempt that was interrupted left of its tensors, to go on from; empty where it left none, or damaged
+    ones, which are said."""
+    if not path.exists():
+        return {}
+    try:
+        return read_tensors(path)
+    except DamagedError as error:
+        log.warning("%s is damaged; computing it again", error.subject)
+        return {}
+
+
 def read_file(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     """One output of a stage, checked against the hash in its manifest.
 
@@ -155,7 +180,7 @@ def read_file(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     return path.read_bytes()
 
 
-def is_whole(folder: Path, manifest: Mapping[str, Any], name: str) -> bool:
+def is_intact(folder: Path, manifest: Mapping[str, Any], name: str) -> bool:
     """Whether an output of a stage is the file that was written."""
     path = folder / name
     return path.is_file() and sha256_file(path) == manifest.get("outputs", {}).get(name, {}).get("sha256")
@@ -166,7 +191,7 @@ def check_file(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
     path = folder / name
     if not path.is_file():
         raise DamagedError(str(path), f"not found; {folder / 'manifest.json'} names it. {REDO}")
-    if not is_whole(folder, manifest, name):
+    if not is_intact(folder, manifest, name):
         raise DamagedError(str(path), f"is not the file its manifest names (SHA-256 differs). {REDO}")
 
 

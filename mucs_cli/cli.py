@@ -20,6 +20,7 @@ from mucs_cli import __version__, completion, help, interruption, processes, tra
 from mucs_cli.composition import conf_folder, group_options, register_schemas
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.files import user_path
 from mucs_cli.records import read_record
 from mucs_cli.text import printable
 
@@ -160,7 +161,7 @@ def split_flags(command: str, arguments: list[str]) -> tuple[list[str], list[str
 
 def user_folder(flag: str, folder: str) -> str:
     """A configuration folder as an absolute path: Hydra would start from its own place for some."""
-    path = Path(folder).expanduser().absolute()
+    path = user_path(folder).absolute()
     if not path.is_dir():
         raise UserError(flag, f"got {folder}; expected an existing folder of configuration files. Correct the path.")
     return str(path)
@@ -182,11 +183,12 @@ def run_application(command: str, flags: list[str], typed: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from mucs_cli import overrides
+    from mucs_cli import overrides, user_files
 
-    folders = [Path(value) for flag, value in itertools.pairwise(flags) if flag in FOLDERS]
-    groups = group_options(folders)
     parsed = overrides.parse(typed)
+    folders = [Path(value) for flag, value in itertools.pairwise(flags) if flag in FOLDERS]
+    folders += user_files.searched_folders(parsed)
+    groups = group_options(folders)
     overrides.check(command, parsed, groups, sweeps="-m" in flags or "--multirun" in flags)
     recorded = recorded_kinds(command, parsed)
 
@@ -211,6 +213,10 @@ def run_application(command: str, flags: list[str], typed: list[str]) -> None:
         if hasattr(error, "raised_by_command"):
             raise
         raise overrides.as_user_error(error, command, parsed) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        if hasattr(error, "raised_by_command"):
+            raise
+        raise user_files.unreadable(error, folders) from error
     except Exception as error:
         if type(error).__name__ != "UncompletedJobError":  # submitit's, which need not be installed
             raise
@@ -254,7 +260,7 @@ def recorded_kinds(command: str, typed: "list[Override]") -> list[str]:
     if not issubclass(COMMANDS[command].schema, PipelineConfig) or "run" not in given or "experiment" in given:
         return []
     try:
-        config = read_record(Path(str(given["run"].value())).expanduser() / "run.json")["config"]
+        config = read_record(user_path(str(given["run"].value())) / "run.json")["config"]
         kinds = {
             section: str(config[section]["name"])
             for section in SECTION_SCHEMAS
@@ -266,21 +272,28 @@ def recorded_kinds(command: str, typed: "list[Override]") -> list[str]:
 
 
 def check_folders(command: str, flags: list[str], typed: "list[Override]", groups: dict[str, list[str]]) -> None:
-    """Refuses configuration files of the user's own that name code to run; composes what they give, without running."""
-    from mucs_cli import overrides
+    """Refuses configuration files of the user's own that do more than set keys; composes them, without running."""
+    from mucs_cli import user_files
 
     folders = [Path(value) for flag, value in itertools.pairwise(flags) if flag in FOLDERS]
-    overrides.refuse_packages_of_files(command, flags, folders)
+    user_files.refuse_packages_of_files(command, flags, folders)
     paths: list[str] = []
     for flag, value in itertools.pairwise(flags):
         if flag in WITH_VALUE and flag not in ("-c", "--cfg", "-p", "--package"):
             paths += [flag, value]
-    for combination in overrides.without_sweeps(typed, groups):
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
-            hydra_main(command, [*paths, "--cfg", "all", *combination], lambda cfg: None)
-        keys = [override.key_or_group for override in typed]
-        overrides.refuse_code(text.getvalue(), paths[-1] if paths else "hydra.searchpath", keys)
+    without = composed_text(command, user_files.typed_of_hydra(typed))
+    keys = [override.key_or_group for override in typed]
+    place = paths[-1] if paths else "hydra.searchpath"
+    for combination in user_files.without_sweeps(typed, groups):
+        user_files.refuse_code(composed_text(command, [*paths, *combination]), place, without, keys, groups)
+
+
+def composed_text(command: str, arguments: list[str]) -> str:
+    """The whole configuration that flags and overrides give, as YAML, nothing resolved."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        hydra_main(command, ["--cfg", "all", *arguments], lambda cfg: None)
+    return text.getvalue()
 
 
 def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that help and completion answer at once.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -47,6 +48,19 @@ from mucs_cli.schemas import (
 SCORE_MODES = {"faithful": "exact", "fast": "adaptive"}
 """``speed`` -> ``score.mode``, where that is not typed."""
 OmegaConf.register_new_resolver("score_mode", lambda speed: SCORE_MODES.get(speed, "exact"), replace=True)
+
+
+def sweep_folder(*, _root_: DictConfig) -> str:
+    """Where a sweep keeps its multirun.yaml: its run's folder; a temporary one where each job has another.
+
+    That is so where ``run`` is swept over, and so not there yet, or refers to other keys, which may be.
+    """
+    if "run" in _root_ and not OmegaConf.is_interpolation(_root_, "run"):
+        return str(_root_["run"])
+    return f"{os.environ.get('TMPDIR') or '/tmp'}/mucs"
+
+
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
 
 
 @dataclass
@@ -219,6 +233,8 @@ def validate(config: Mapping[str, Any] | DictConfig, root: type) -> Any:
         raise UserError(
             str(error.full_key or "config"), f"cannot be resolved: {str(error).splitlines()[0]}. Correct the reference."
         ) from error
+    except RecursionError as error:
+        raise UserError("config", "has references within references that never end. Correct them.") from error
     arguments: dict[str, Any] = {}
     known = {f.name: f for f in fields(root)}
     for key in container:

@@ -53,17 +53,22 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         release(folder)
 
 
-def hold(folder: Path, wait: bool) -> None:
+def hold(folder: Path, wait: bool) -> bool:
     """Takes the lock until ``release`` or ``release_all``, unless this thread has it.
 
+    Returns:
+        whether it was taken now.
     Raises:
         UserError: another process has it and is not to be waited for.
     """
-    if processes.is_first() and not is_held_here(folder) and not acquire(folder, wait):
+    if not processes.is_first() or is_held_here(folder):
+        return False
+    if not acquire(folder, wait):
         raise UserError(
             "overwrite",
             f"got true, and {holder_text(lock_path(folder))} is at {folder}. Stop it first, or wait until it is done.",
         )
+    return True
 
 
 def release(folder: Path) -> None:

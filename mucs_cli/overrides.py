@@ -4,63 +4,23 @@ Errors are found here, from the schemas, rather than read out of Hydra's message
 type, a user's own file) is translated by ``as_user_error``.
 """
 
-import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mucs_cli.composition import conf_folder
 from mucs_cli.config import COMMANDS, SECTION_SCHEMAS, PipelineConfig, known_keys, sections_of, type_name
 from mucs_cli.errors import UserError, did_you_mean
-from mucs_cli.records import flatten
+from mucs_cli.user_files import CLOSED, CODE, refuse_packages
 
 Groups = Mapping[str, list[str]]
 """Config group -> its options."""
-
-HYDRAS_OWN = {
-    "_target_": {
-        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
-        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
-        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
-        "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
-    },
-    "class": {"logging.StreamHandler", "logging.FileHandler"},
-    "()": set[str](),
-}
-"""Keys that name code to run -> the whole names that may stand there (a prefix would let others through)."""
-
-CODE = re.compile(r"(?<!\w)(_target_|oc\.decode|oc\.create)(?!\w)")
-"""What can name code in a value; the resolvers build a mapping out of text."""
-
-CLOSED_TO_FILES: dict[str, Any] = {
-    "hydra.job.env_set": {},
-    "hydra.job.env_copy": [],
-    "hydra.launcher.additional_parameters": {},
-    "hydra.launcher.setup": None,
-    "hydra.launcher.submitit_folder": "${hydra.sweep.dir}/.submitit/%j",
-    "hydra.launcher.temp_folder": None,
-    "hydra.sweeper.custom_search_space": None,
-    "hydra.sweeper.storage": None,
-}
-"""Hydra's settings that start programs, choose what a program loads, or write anywhere, with their harmless values.
-
-What the user types is the user's own; a file may come from others. To these belongs all that ``settings.yaml`` sets.
-"""
-
-CLOSED = re.compile(r"hydra[./](callbacks|job_logging|hydra_logging)(?!\w)")
-"""Hydra's settings that run code by themselves, or would take the log away."""
-
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
 """Launchers that are installed apart -> the extra that brings them."""
@@ -167,75 +127,6 @@ def check_choice(override: Override, groups: Groups) -> None:
 def values_of(override: Override) -> list[Any]:
     """The values of an override: one, or those of a sweep."""
     return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-
-
-# --- a user's own configuration folder -------------------------------------------------------------------------------
-
-
-def without_sweeps(overrides: list[Override], groups: Groups) -> Iterator[list[str]]:
-    """Each combination of the groups that are swept; swept values, which cannot bring in a file, are left out."""
-    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-    swept = [
-        [f"{o.input_line.split('=')[0]}={value}" for value in o.sweep_string_iterator()]
-        for o in overrides
-        if o.is_sweep_override() and o.key_or_group in groups and o.input_line
-    ]
-    for combination in itertools.product(*swept):
-        yield [*fixed, *combination]
-
-
-def refuse_packages(searchpath: Any, where: str) -> None:
-    """Refuses places for configuration files other than folders: looking into a package imports, and so runs, it.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for place in searchpath if isinstance(searchpath, list | ListConfig) else [searchpath]:
-        if "://" in str(place) and not str(place).startswith("file://"):
-            raise UserError(
-                "hydra.searchpath", f"got {place} ({where}), which can run code; expected folders. Leave it out."
-            )
-
-
-def refuse_packages_of_files(command: str, flags: list[str], folders: list[Path]) -> None:
-    """``refuse_packages`` of what the user's own primary configuration says, before Hydra goes there."""
-    names = [value for flag, value in itertools.pairwise(flags) if flag in ("-cn", "--config-name")]
-    name = (names[-1] if names else command).removesuffix(".yaml")
-    for path in (folder / f"{name}.yaml" for folder in folders):
-        if path.is_file():
-            content = OmegaConf.load(path)
-            refuse_packages(OmegaConf.select(content, "hydra.searchpath") or [], str(path))
-
-
-def refuse_code(text: str, folder: str, typed: Collection[str] = ()) -> None:
-    """Refuses a composed configuration, as YAML, that names code to run other than Hydra's own.
-
-    Args:
-        text: the configuration.
-        folder: where the user's files are, for the error.
-        typed: keys that stand on the command line.
-    Raises:
-        UserError: naming the key.
-    """
-    ours = yaml.safe_load((conf_folder() / "settings.yaml").read_text(encoding="utf-8"))
-    closed = CLOSED_TO_FILES | {f"hydra.{key}": value for key, value in flatten(ours).items()}
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, str) and (found := CODE.search(node)):
-            raise UserError(path, f"{folder} gives it {found.group()}, which can run code. Leave it out.")
-        if path in closed and node != closed[path] and not any(f"{key}.".startswith(f"{path}.") for key in typed):
-            raise UserError(
-                path, f"{folder} gives it {node!r}; a file may not set it. Type it on the command line if you want it."
-            )
-        if path.startswith("hydra.launcher.") and isinstance(node, str) and "\n" in node:
-            raise UserError(path, f"{folder} gives it {node!r}, which can run code. Leave the line break out.")
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            where = f"{path}.{key}" if path else str(key)
-            if key in HYDRAS_OWN and value not in HYDRAS_OWN[key]:
-                raise UserError(where, f"{folder} gives it {value!r}, which can run code. Leave it out.")
-            walk(value, where)
-
-    walk(yaml.safe_load(text), "")
 
 
 # --- errors that only composing finds --------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ One without a checksum is of an earlier version, and taken as it is. Nothing her
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mucs_cli.errors import DamagedError, UserError
+from mucs_cli.files import read_regular
 
 FORMAT_VERSION = 1
 SLICES = "_slices"
@@ -18,12 +20,14 @@ SLICES = "_slices"
 CHECKSUM = "checksum"
 DEEPEST = 50
 """Levels of a record: far more than any has, and few enough for what walks through it level by level."""
+MAX_DIGITS = 9
+"""Of a query's number; Python refuses to read a number of more than 4,300."""
 
 
 def read_json(path: Path) -> Any:
-    """Raises DamagedError where the file is not JSON."""
+    """Raises DamagedError where the path is no regular file, or the file not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path))
     except (ValueError, OSError, RecursionError) as error:
         raise DamagedError(str(path), f"cannot be read as JSON ({error}). Delete it and rerun its stage.") from error
 
@@ -115,7 +119,28 @@ def are_inputs(value: Any) -> bool:
 
 def are_queries(value: Any) -> bool:
     """id -> fingerprint."""
-    return is_text_mapping(value) and all(query.isascii() and query.isdigit() for query in value)
+    return is_text_mapping(value) and all(map(is_query, value))
+
+
+def is_query(text: str) -> bool:
+    """Whether a text is the number of a query."""
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+
+
+def are_results(value: Any) -> bool:
+    """What unlearning records, a mapping a query: its number, how many updates, and whether they met the bound."""
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and type(entry.get("query")) is int
+        and isinstance(entry.get("num_steps"), int | None)
+        and isinstance(entry.get("reached_bound"), bool | None)
+        for entry in value
+    )
+
+
+def is_duration(value: Any) -> bool:
+    """Seconds: finite, and not negative."""
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def are_outputs(value: Any) -> bool:
@@ -145,11 +170,10 @@ FORMS = {
     "inputs": are_inputs,
     "queries": are_queries,
     "outputs": are_outputs,
-    "progress": lambda value: isinstance(value, dict),
-    "results": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+    "results": are_results,
     "versions": is_text_mapping,
     "counts": lambda value: isinstance(value, dict),
-    "seconds": lambda value: isinstance(value, int | float),
+    "seconds": is_duration,
     "ended": lambda value: isinstance(value, str),
     "unlearn_variant": is_name,
 }

@@ -20,14 +20,18 @@ from rich.progress import Progress as RichProgress
 
 from mucs_cli import processes, tracking
 from mucs_cli.errors import UserError
+from mucs_cli.files import unlinked
 from mucs_cli.rehearsal import Enough, Loop, Pace, current_rehearsal
 from mucs_cli.text import printable
 
 log = logging.getLogger("mucs")
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+LOG = "log.txt"
 LINE_SECONDS = 10.0
 REHEARSED_SECONDS = 4.0
 """Of a loop that a rehearsal leaves early: enough for its pace."""
+LONG_REHEARSAL = 20.0
+"""Seconds, where units differ, as queries do in their updates and a race in its rounds: a few whole ones say most."""
 
 
 # --- device ----------------------------------------------------------------------------------------------------------
@@ -140,11 +144,6 @@ class LogFileHandler(logging.FileHandler):
         """A disk that is full ends the command where results are written, not where it talks about them."""
 
 
-def unlinked(path: str, flags: int) -> int:
-    """``os.open`` of a path that must be no link."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def set_up_logging() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -162,7 +161,7 @@ def stage_log(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handler = LogFileHandler(folder / "log.txt")
+    handler = LogFileHandler(folder / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
@@ -286,12 +285,12 @@ class Progress:
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
             note = note_of(self.numbers)
             log.info(
-                "%s: %d/%d %s, %.3g/s, %s left%s",
+                "%s: %d/%d %s, %s, %s left%s",
                 self.title,
                 self.done,
                 self.total,
                 self.unit,
-                rate,
+                "?/s" if rate is None else f"{rate:.3g}/s",
                 left,
                 note and f", {note}",
             )
@@ -301,9 +300,9 @@ class Progress:
         if current_rehearsal() is None:
             tracking.write(self.title, self.done, self.total, self.unit, self._rate(now), self.numbers)
 
-    def _rate(self, now: float) -> float:
-        """Units a second of this attempt."""
-        return (self.done - self.first) / max(now - self.started, 1e-9)
+    def _rate(self, now: float) -> float | None:
+        """Units a second of this attempt; None before the first."""
+        return (self.done - self.first) / max(now - self.started, 1e-9) if self.done > self.first else None
 
 
 def note_of(numbers: Mapping[str, tracking.Number]) -> str:

@@ -20,7 +20,7 @@ from mucs_cli.artifacts import (
     empty,
     fingerprint,
     is_fingerprint,
-    is_whole,
+    is_intact,
     link_or_copy,
     read_tensors,
     sha256_file,
@@ -79,7 +79,8 @@ class Stage:
         identity: what decides the result: ``{"config": {...}, "inputs": {...}}``, JSON values only.
         overwrite: throw away what another identity left here.
         on_begin: called when the stage begins to fill its folder.
-        queries: id -> fingerprint of the queries that are wanted; None for a stage that knows no queries.
+        queries: id -> fingerprint of the queries that are wanted, None where it is not known before they are made;
+            None for a stage that knows no queries.
         may_grow: dotted keys of the identity that a finished stage may have smaller.
         cleanable: outputs that a finished stage may lack: they can be made again.
         file_of: from a query's id, the output that holds its result: where that is gone, the stage lacks the query.
@@ -93,7 +94,7 @@ class Stage:
         identity: dict[str, Any],
         overwrite: bool = False,
         on_begin: Callable[[], None] | None = None,
-        queries: Mapping[int, str] | None = None,
+        queries: Mapping[int, str | None] | None = None,
         may_grow: Sequence[str] = (),
         cleanable: Sequence[str] = (),
         replace: bool = False,
@@ -110,10 +111,9 @@ class Stage:
         self.replace = replace
         self.file_of = file_of
         self.started, self._clock = datetime.now(UTC), time.monotonic()
-        self.progress: dict[str, Any] = {}
-        """What an unfinished attempt with the same identity has done; see ``save_progress``."""
         self.previous: dict[str, Any] = {}
-        """The manifest of a finished stage that lacks some of the queries; see ``is_done``."""
+        """The manifest of a finished stage that lacks some of the queries, or to which some were being added when an
+        interruption came; see ``is_done``."""
         self._attempted: dict[str, str] = {}  # queries of this attempt and of unfinished ones, with their fingerprints
 
     def part(self) -> "Stage":
@@ -158,11 +158,15 @@ class Stage:
             return True
         if not claim:
             return False
-        locks.hold(self.folder, wait or not self.overwrite)
-        return self._holds_result(delete=True)
+        is_taken = locks.hold(self.folder, wait or not self.overwrite)
+        is_done = self._holds_result(delete=True)
+        if is_done and is_taken:  # by now another process has done it, and others may be waiting to learn that
+            locks.release(self.folder)
+        return is_done
 
     def _holds_result(self, delete: bool = False) -> bool:
         """As ``is_done``, of what lies in the folder now; ``delete``: what may be overwritten."""
+        self.previous = {}
         for name in ("manifest.json", "state.json"):
             path = self.folder / name
             if not path.exists():
@@ -173,6 +177,9 @@ class Stage:
                 if difference is not None:
                     raise self._other_result(path, *difference)
                 if name == "manifest.json" and not self._lacks(record):
+                    if not self.overwrite and self._is_being_changed(record):
+                        self.previous = record
+                        continue
                     self._require_outputs(record)
                     return True
             except UserError as error:
@@ -208,16 +215,22 @@ class Stage:
             f"got {ours!r}; {path} has {theirs!r}. Use another run=, or overwrite=true to redo this stage.",
         )
 
-    def _require_outputs(self, manifest: Mapping[str, Any]) -> None:
-        """Raises DamagedError where a file is gone or has another size; or other bytes, where it may be replaced.
+    def _is_being_changed(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether outputs are not as the manifest names them because queries are, or were, being added.
 
-        Those of other stages are compared when they are read: a run may hold more than is worth reading every time.
+        The queries that it names are there then, but the files beside them are to be written again.
         """
+        others = [name for name in manifest.get("outputs", {}) if not self._is_there(manifest, name)]
+        begun = (self.folder / "state.json").exists() or any(kept_aside(self.folder / name).exists() for name in others)
+        return begun and bool(others) and bool(manifest.get("queries"))
+
+    def _require_outputs(self, manifest: Mapping[str, Any]) -> None:
+        """Raises DamagedError where a file is not there, see ``_is_there``."""
         files = [self.file_of(int(query)) for query in manifest.get("queries", {})] if self.file_of else []
         for name in manifest.get("outputs", {}):
             if name in self.cleanable or name in files:
                 continue
-            if not self._is_there(manifest, name) or (self.replace and not is_whole(self.folder, manifest, name)):
+            if not self._is_there(manifest, name):
                 raise DamagedError(
                     str(self.folder / name),
                     f"is gone or not whole; {self.folder / 'manifest.json'} has its size and hash. {REDO}",
@@ -226,7 +239,7 @@ class Stage:
     def _difference(self, record: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
         """What in the record contradicts this stage, as ``first_difference`` gives it."""
         ours, theirs = per_query(self.identity), per_query(record)
-        ours["queries"] = {str(query): mine for query, mine in (self.queries or {}).items()}
+        ours["queries"] = {str(query): mine for query, mine in (self.queries or {}).items() if mine}
         theirs["queries"] = record.get("queries", {})
         for name, mapping in ours.items():
             for query, mine in mapping.items():
@@ -247,9 +260,14 @@ class Stage:
         return missing
 
     def _is_there(self, manifest: Mapping[str, Any], name: str) -> bool:
-        """Whether an output is there, in its size."""
+        """Whether an output is there, in its size; where it may be replaced or overwritten, with its bytes.
+
+        Others are compared when they are read: a run may hold more than is worth reading every time.
+        """
         path, entry = self.folder / name, manifest.get("outputs", {}).get(name, {})
-        return path.is_file() and path.stat().st_size == entry.get("bytes")
+        if not path.is_file() or path.stat().st_size != entry.get("bytes"):
+            return False
+        return not (self.replace or self.overwrite) or is_intact(self.folder, manifest, name)
 
     def known_queries(self) -> dict[int, str]:
         """id -> fingerprint of the queries that the folder already has results for."""
@@ -261,43 +279,32 @@ class Stage:
         return {int(query): print_ for query, print_ in self._attempted.items()}
 
     def begin(self) -> None:
-        """Records what the folder is being filled with. Files and progress of an unfinished attempt stay."""
+        """Records what the folder is being filled with. The files of an unfinished attempt stay."""
         processes.meet()  # none may still be reading what changes now
-        self.progress = processes.on_first(self._begin)
+        processes.on_first(self._begin)
 
-    def _begin(self) -> dict[str, Any]:
+    def _begin(self) -> None:
         if self.on_begin is not None:
             self.on_begin()
         path = self.folder / "state.json"
         state = read_manifest(path) if path.exists() else {}
-        self._attempted = state.get("queries", {}) | {str(query): mine for query, mine in (self.queries or {}).items()}
-        self.save_progress(state.get("progress", {}))
-        return self.progress
+        known = {str(query): mine for query, mine in (self.queries or {}).items() if mine}
+        self._attempted = state.get("queries", {}) | known
+        record = {"stage": self.command, "status": "running", **self.identity, "queries": self._attempted}
+        write_record(path, record)
 
-    def save_progress(self, progress: dict[str, Any]) -> None:
-        """Records what is done so far, for a rerun after an interruption and for ``mucs status``."""
-        self.progress = progress
-        state = {
-            "stage": self.command,
-            "status": "running",
-            **self.identity,
-            "queries": self._attempted,
-            "progress": progress,
-        }
-        write_record(self.folder / "state.json", state)
-
-    def finish(self, facts: dict[str, Any], outputs: list[Path], earlier_seconds: float = 0.0) -> dict[str, Any]:
+    def finish(self, facts: Mapping[str, Any], outputs: Sequence[Path], seconds: float | None = None) -> dict[str, Any]:
         """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
 
         Args:
             facts: what else to record (counts, seeds, device, ...).
             outputs: files to record with their SHA-256 and size.
-            earlier_seconds: that it took before, elsewhere.
+            seconds: that it took; None: since this object was made.
         """
-        return processes.on_first(lambda: self._finish(facts, outputs, earlier_seconds))
+        return processes.on_first(lambda: self._finish(facts, outputs, seconds))
 
-    def _finish(self, facts: dict[str, Any], outputs: list[Path], earlier_seconds: float) -> dict[str, Any]:
-        queries = self.known_queries() | dict(self.queries or {})
+    def _finish(self, facts: Mapping[str, Any], outputs: Sequence[Path], seconds: float | None) -> dict[str, Any]:
+        queries = self.known_queries() | {query: mine for query, mine in (self.queries or {}).items() if mine}
         known = per_query(self.previous)
         inputs = self.identity.get("inputs", {})
         merged = {name: known.get(name, {}) | mapping for name, mapping in per_query(self.identity).items()}
@@ -317,7 +324,7 @@ class Stage:
             "started": self.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             # the clock on the wall may be set back
-            "seconds": round(earlier_seconds + time.monotonic() - self._clock, 1),
+            "seconds": round(time.monotonic() - self._clock if seconds is None else seconds, 1),
         }
         write_record(self.folder / "manifest.json", manifest)
         (self.folder / "state.json").unlink(missing_ok=True)
@@ -328,13 +335,8 @@ class Stage:
         return manifest
 
     def keep_aside(self, name: str) -> None:
-        """Before a file of the finished stage is replaced: until the manifest says so, an interruption needs the old.
-
-        ``previous_tensors`` finds it.
-        """
-        path = self.folder / name
-        if self.previous and sha256_file(path) == self.previous["outputs"][name]["sha256"]:
-            link_or_copy(path, kept_aside(path))
+        """``keep_aside`` for a file of the finished stage that lacks some queries."""
+        keep_aside(self.folder, self.previous, name)
 
     def previous_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file of the finished stage that lacks some queries, as its manifest names it.
@@ -342,13 +344,23 @@ class Stage:
         Raises:
             UserError: it is not there, or damaged.
         """
-        aside, recorded = kept_aside(self.folder / name), self.previous["outputs"][name]["sha256"]
-        is_aside = aside.exists() and sha256_file(aside) == recorded
-        return read_tensors(aside if is_aside else self.folder / name, recorded)
+        return read_tensors(recorded_file(self.folder, self.previous, name), self.previous["outputs"][name]["sha256"])
 
 
 def kept_aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
+
+
+def keep_aside(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """Before an output is replaced: until the manifest says so, an interruption needs the old one."""
+    if is_intact(folder, manifest, name):
+        link_or_copy(folder / name, kept_aside(folder / name))
+
+
+def recorded_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """Where an output is as the manifest names it: aside, if an interruption came while it was being replaced."""
+    aside, recorded = kept_aside(folder / name), manifest.get("outputs", {}).get(name, {}).get("sha256")
+    return aside if aside.is_file() and sha256_file(aside) == recorded else folder / name
 
 
 def require_manifest(folder: Path, command: str) -> dict[str, Any]:

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mucs_cli.errors import UserError
+from mucs_cli.files import read_regular, unlinked
 
 PROGRESS = "progress.jsonl"
+EVENTS = "tensorboard"
+"""The folder of TensorBoard's files."""
 Number = int | float | None
 
 _tracker = "none"
@@ -65,11 +68,11 @@ def write(title: str, done: int, total: int, unit: str, rate: float | None, numb
 def last_line(folder: Path) -> dict[str, Any]:
     """The newest whole line of a stage's folder; empty where there is none."""
     try:
-        lines = (folder / PROGRESS).read_text(encoding="utf-8").splitlines()
+        lines = read_regular(folder / PROGRESS).decode().splitlines()
     except (OSError, ValueError):
         return {}
     for line in reversed(lines):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):
                 return record
@@ -77,7 +80,10 @@ def last_line(folder: Path) -> dict[str, Any]:
 
 
 class ProgressFolder:
-    """One stage's folder. That a line cannot be written stops nothing: the stage's own files say what is wrong."""
+    """One stage's folder. That a line cannot be written stops nothing: the stage's own files say what is wrong.
+
+    Nothing is written through a link, which in a folder from others could lead anywhere.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -85,19 +91,20 @@ class ProgressFolder:
 
     def write(self, facts: Mapping[str, Any], numbers: Mapping[str, Number]) -> None:
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts, **numbers}
-        with contextlib.suppress(OSError), (self.folder / PROGRESS).open("ab+") as file:
+        with contextlib.suppress(OSError), open(self.folder / PROGRESS, "ab+", opener=unlinked) as file:
             if file.tell():
                 file.seek(-1, 2)
             whole = file.read(1) in (b"", b"\n")  # what is cut short stays alone on its line
             file.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
-        if _tracker == "tensorboard":
-            self._add_scalars(facts, numbers)
+        if _tracker == "tensorboard" and not (self.folder / EVENTS).is_symlink():
+            with contextlib.suppress(OSError):
+                self._add_scalars(facts, numbers)
 
     def _add_scalars(self, facts: Mapping[str, Any], numbers: Mapping[str, Number]) -> None:
         """A curve a number; within a query over its own steps, else over what is counted."""
         if self._events is None:
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-            self._events = writer(str(self.folder / "tensorboard"))
+            self._events = writer(str(self.folder / EVENTS))
         curve = facts["title"] + (f"/query {numbers['query']}" if "query" in numbers else "")
         step = int(numbers.get("step") or facts["done"])
         for name, value in {"rate": facts["rate"], **numbers}.items():
@@ -107,4 +114,5 @@ class ProgressFolder:
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mucs_cli import locks
 from mucs_cli.artifacts import empty, read_tensors, write_record, write_tensors
 from mucs_cli.block_file import BlockFile, map_tensor
 from mucs_cli.errors import DamagedError, UserError
@@ -289,3 +292,74 @@ def test_queries_whose_files_are_gone_are_done_again_and_the_others_kept(tmp_pat
     assert not again.is_done()
     assert again.known_queries() == {0: "0", 2: "2"}
     assert np.array_equal(sorted(again.previous["outputs"]), ["query_0", "query_2"])
+
+
+def test_who_waited_and_found_it_done_gives_the_lock_on(tmp_path: Path) -> None:
+    """Else a third one, which waits for the same, would wait for the end of the second one's command."""
+    folder, looked = tmp_path / "score", threading.Event()
+    second = stage(folder)
+
+    def first() -> None:
+        made = stage(folder)
+        assert not made.is_done()
+        looked.set()
+        time.sleep(0.2)  # the second one waits by now
+        made.begin()
+        made.finish({}, [])
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    looked.wait()
+    assert second.is_done()
+    thread.join()
+    assert not locks.is_held_here(folder)
+
+
+def test_what_is_being_added_to_is_no_damage_and_is_finished_again(tmp_path: Path) -> None:
+    def of(queries: range, **arguments: Any) -> Stage:
+        return stage(tmp_path / "score", queries={query: str(query) for query in queries}, **arguments)
+
+    path = tmp_path / "score" / "x.safetensors"
+
+    def fill(made: Stage, count: int) -> None:
+        made.begin()
+        if made.previous:
+            made.keep_aside(path.name)
+        write_tensors(path, {"x": torch.arange(count)})
+
+    made = of(range(2))
+    assert not made.is_done()
+    fill(made, 2)
+    made.finish({}, [path])
+    adding = of(range(5))
+    assert not adding.is_done()
+    fill(adding, 5)  # and is killed
+    locks.release_all()
+    again = of(range(2))
+    assert not again.is_done()
+    assert again.known_queries() == {0: "0", 1: "1"}
+    assert torch.equal(again.previous_tensors(path.name)["x"], torch.arange(2))
+    fill(again, 2)
+    again.finish({}, [path])
+    assert of(range(2)).is_done() and not of(range(5)).is_done()
+
+
+def test_overwrite_redoes_what_is_damaged_though_its_size_is_right(tmp_path: Path) -> None:
+    path = finished(tmp_path / "score")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert stage(tmp_path / "score").is_done()  # found where it is read, with this advice
+    assert not stage(tmp_path / "score", overwrite=True).is_done()
+
+
+def test_queries_that_are_to_be_made_are_not_compared_with_those_that_another_process_made(tmp_path: Path) -> None:
+    made = stage(tmp_path / "sample", queries={0: "first"})
+    assert not made.is_done()
+    made.begin()
+    made.finish({}, [])
+    assert stage(tmp_path / "sample", queries={0: None}).is_done()
+    more = stage(tmp_path / "sample", queries={0: None, 1: None})
+    assert not more.is_done() and more.known_queries() == {0: "first"}
+    with pytest.raises(UserError, match="queries of query 0: got 'other'"):
+        stage(tmp_path / "sample", queries={0: "other"}).is_done()

@@ -14,6 +14,7 @@ from torch.nn import functional
 from mucs_cli.artifacts import fingerprint
 from mucs_cli.data.transformers_models import import_transformers, load_model, loading
 from mucs_cli.errors import UserError
+from mucs_cli.files import user_path
 
 MODEL_CLASSES = {
     "clip": {"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"},
@@ -153,7 +154,7 @@ def find_folder(path: str, key: str, kind: str) -> Path:
     Raises:
         UserError: there is no such folder, and the hub does not give a model of that name.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir():
         return local
     if local.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:

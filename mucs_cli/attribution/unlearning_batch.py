@@ -3,7 +3,7 @@
 Retain images (training images) come first, if there are any, then noisy copies of the query.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,12 +80,6 @@ class BatchSource:
     def __post_init__(self) -> None:
         if self.instance_weight is not None and self.retain_batch is None:
             raise ValueError("instance weights need a retain term")
-
-    def batches(self, step: int, first: UnlearningBatch) -> Iterator[UnlearningBatch]:
-        """All batches of a step, one in memory at a time; the first is at hand."""
-        yield first
-        for index in range(1, self.num_batches):
-            yield self.batch(step, index)
 
     def batch(self, step: int, index: int) -> UnlearningBatch:
         """Batch ``index`` of a step, which is batch ``step * num_batches + index`` of the run."""

@@ -1,13 +1,13 @@
 """Captions to condition vectors, by a CLIP text model from ``transformers`` (safetensors only)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mucs_cli.data.transformers_models import import_transformers, load_model, loading
+from mucs_cli.files import user_path
 
 KEY = "data.text_encoder"
 EXPECTED = "a CLIP text model in safetensors, with its projection"
@@ -16,7 +16,7 @@ CAPTIONS_AT_ONCE = 64
 
 def encoder_state(path: str) -> str:
     """Changes where the text model may be another one: sizes and times of a local folder's files, or the hub's name."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         return path
     files = sorted(file for file in folder.iterdir() if file.is_file())
@@ -35,7 +35,7 @@ class CaptionEncoder:
 
     def __init__(self, path: str):
         transformers = import_transformers(KEY, path, "text")
-        name = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        name = str(user_path(path)) if user_path(path).is_dir() else path
         with loading(KEY, path, EXPECTED):
             # Unless it is told not to, the library asks on the terminal whether to run code that the folder brings.
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from mucs_cli.block_file import map_tensor
+from mucs_cli.data.labels import is_number
 from mucs_cli.errors import UserError
+from mucs_cli.files import user_path
 
 TENSOR = "condition"
 INDEX_COLUMN = "condition_index"
@@ -19,7 +21,7 @@ def find_file(text: str, folder: Path, key: str = "data.condition_file") -> Path
     Raises:
         UserError: there is no such file.
     """
-    candidates = [folder / text, Path(os.path.abspath(os.path.expanduser(text)))]
+    candidates = [folder / text, Path(os.path.abspath(user_path(text)))]
     for path in candidates:
         if path.is_file():
             return path
@@ -71,7 +73,7 @@ class ConditionFile:
             )
 
     def _row(self, text: str, file: str) -> int:
-        if not (text.isascii() and text.isdigit() and int(text) < len(self.vectors)):
+        if not (is_number(text) and int(text) < len(self.vectors)):
             raise UserError(
                 file,
                 f"got {INDEX_COLUMN} {text!r}; expected a row of {self.path}, 0 to {len(self.vectors) - 1}. "

@@ -208,16 +208,15 @@ def decode_all(config: DataConfig, source: Source, stage: Stage, record: Record 
             except MismatchError:
                 for file in (cache, conditions):
                     if file is not None:
-                        file.partial.unlink()
-                        file.journal.unlink()
+                        file.discard()
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    cache.finish()
+    cache.finish(keep_journal=True)
     if unreadable:
         close_gaps(stage.folder / CACHE, kept, shape)
     if conditions is not None:
-        conditions.finish()
+        conditions.finish(keep_journal=True)
     write_index(stage.folder / INDEX, source, sha256, training)
     facts = {
         "source": {

@@ -20,6 +20,7 @@ from mucs_cli.data.labels import number_classes
 from mucs_cli.data.metadata import RESERVED, as_text
 from mucs_cli.data.pictures import PictureSource
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.files import user_path
 from mucs_cli.schemas import HuggingFaceConfig
 
 BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset")
@@ -36,7 +37,7 @@ class HuggingFaceSource(PictureSource):
     def __init__(self, config: HuggingFaceConfig):
         super().__init__(config)
         self.config = config
-        local = Path(os.path.abspath(os.path.expanduser(config.path)))
+        local = Path(os.path.abspath(user_path(config.path)))
         self.folder = local if local.exists() else None
         if self.folder is None and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
             raise UserError("data.path", f"got {config.path}: nothing there; expected a data set. Correct it.")
@@ -56,7 +57,7 @@ class HuggingFaceSource(PictureSource):
         dataset = self._load(library, scratch)
         features = dataset.features
         image_column = self._image_column(features)
-        self.dataset = dataset.cast_column(image_column, library.Image(decode=False)).select_columns([image_column])
+        self.dataset = as_pictures(dataset.select_columns([image_column]), image_column, library)
         self.image_column = image_column
         num_images = min(len(dataset), self.config.limit or len(dataset))
         if num_images == 0:
@@ -165,6 +166,7 @@ class HuggingFaceSource(PictureSource):
                 continue
             feature, values = table.features[name], table[name][:]
             to_name = class_name_of(feature)
+            self._check_classes(name, feature, values)
             columns[f"metadata_{name}" if name in RESERVED else name] = [
                 as_text(to_name(value) if to_name else value) for value in values
             ]
@@ -199,8 +201,8 @@ class HuggingFaceSource(PictureSource):
             raise UserError(
                 self.files[missing[0]], f"got no class in column {column}; expected one. Leave data.label_column null."
             )
-        to_name = class_name_of(feature)
-        if to_name is not None:
+        self._check_classes(column, feature, values)
+        if class_name_of(feature) is not None:
             names = list(feature.names)
             texts = [names[value] for value in values]
             self.label, self.class_names = np.array(values, dtype=np.int64), names
@@ -213,6 +215,17 @@ class HuggingFaceSource(PictureSource):
             self.label, self.class_names = number_classes(texts, self.config.num_classes, "data.num_classes")
         self.label_column = f"metadata_{column}" if column in RESERVED else column
         self.metadata = {self.label_column: texts, **{k: v for k, v in self.metadata.items() if k != self.label_column}}
+
+    def _check_classes(self, column: str, feature: Any, values: Sequence[Any]) -> None:
+        """Refuses numbers of classes that there are not; -1, as usual, is none."""
+        if class_name_of(feature) is None:
+            return
+        for row, value in enumerate(values):
+            if value is not None and not -1 <= value < len(feature.names):
+                raise UserError(
+                    self.files[row],
+                    f"got class {value} in column {column}; expected 0 to {len(feature.names) - 1}. Correct the row.",
+                )
 
     def _prepare_captions(self, table: Any) -> None:
         column = self.config.caption_column
@@ -236,7 +249,8 @@ class HuggingFaceSource(PictureSource):
         path = Path(image["path"]) if image is not None and image["path"] else None
         if path is None or not path.is_file():
             raise UserError(f"{self.config.path}, row {row}", "got no image. Remove the row.")
-        if self.folder is not None and not path.resolve().is_relative_to(self.folder.resolve()):
+        places = hub_caches() if self.folder is None else [self.folder]
+        if not any(path.resolve().is_relative_to(place.resolve()) for place in places):
             raise UserError(
                 f"{self.config.path}, row {row}", f"got {path}, which is not in the data set. Correct the row."
             )
@@ -270,6 +284,27 @@ def import_datasets() -> Any:
         )
     datasets.disable_progress_bars()
     return datasets
+
+
+def as_pictures(dataset: Any, column: str, library: Any) -> Any:
+    """The data set with the column as encoded pictures, which are not decoded here.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    try:
+        return dataset.cast_column(column, library.Image(decode=False))
+    except Exception as error:  # Arrow raises whatever the column's type makes it meet
+        raise UserError(
+            "data.image_column", f"got {column}, of {dataset.features[column]}; expected pictures. Set it to another."
+        ) from error
+
+
+def hub_caches() -> list[Path]:
+    """Where the libraries put files of data sets on the hub: a row of one may name no other file of this machine."""
+    config, constants = import_module("datasets.config"), import_module("huggingface_hub.constants")
+    names = ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    return [Path(place) for place in (*(getattr(config, name) for name in names), constants.HF_HUB_CACHE)]
 
 
 def list_files(path: Path) -> list[list[Any]]:

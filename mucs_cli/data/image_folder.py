@@ -16,6 +16,7 @@ from mucs_cli.data.labels import number_classes
 from mucs_cli.data.metadata import column_values, metadata_file, read_metadata
 from mucs_cli.data.pictures import PictureSource, select
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.files import user_path
 from mucs_cli.runtime import log
 from mucs_cli.schemas import ImageFolderConfig
 
@@ -35,7 +36,7 @@ class ImageFolderSource(PictureSource):
     def __init__(self, config: ImageFolderConfig):
         super().__init__(config)
         self.config = config
-        self.folder = Path(os.path.abspath(os.path.expanduser(config.path)))
+        self.folder = Path(os.path.abspath(user_path(config.path)))
         self.listing = list_images(self.folder)
         self.condition_path = config.condition_file and find_file(config.condition_file, self.folder)
         self.condition_state = stamp(self.condition_path) if self.condition_path else ""
@@ -128,7 +129,7 @@ class ImageFolderSource(PictureSource):
 
 def class_texts(config: ImageFolderConfig) -> set[str]:
     """The distinct class names, or numbers, that folders or metadata give the pictures; no picture is opened."""
-    folder = Path(os.path.abspath(os.path.expanduser(config.path)))
+    folder = Path(os.path.abspath(user_path(config.path)))
     if config.labels == "metadata":
         return column_values(folder, config.label_column) - {""}
     if config.labels == "folder":

@@ -6,6 +6,8 @@ import numpy as np
 
 from mucs_cli.errors import UserError
 
+MAX_DIGITS = 4000
+
 
 def number_classes(
     values: Sequence[str], num_classes: int | None, key: str, others: Iterable[str] = ()
@@ -42,8 +44,13 @@ def number_classes(
     return np.array([number[value] for value in values], dtype=np.int64), names
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number that Python reads: it refuses more than 4,300 digits."""
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+
+
 def is_whole(text: str) -> bool:
-    return text.isascii() and text.isdigit() and str(int(text)) == text
+    return is_number(text) and str(int(text)) == text
 
 
 def label_of(text: str, class_names: Sequence[str], place: str) -> int:

@@ -18,6 +18,7 @@ from mucs_cli.data.labels import label_of
 from mucs_cli.data.metadata import read_metadata
 from mucs_cli.data.pictures import NUM_THREADS
 from mucs_cli.errors import UserError
+from mucs_cli.files import user_path
 from mucs_cli.runtime import log
 from mucs_cli.schemas import DataConfig, PictureConfig
 
@@ -70,7 +71,7 @@ def load_query_folder(
     """
     settings = config if isinstance(config, PictureConfig) else PictureConfig()
     reading = replace(Reading.of(settings), channels=dataset.channels, image_size=dataset.height)
-    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    folder = Path(os.path.abspath(user_path(path)))
     listing = list_images(folder, key)
     files = [file for file, _, _ in listing.images]
     metadata = read_metadata(folder, files, listing.linked)

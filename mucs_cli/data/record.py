@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mucs_cli.artifacts import is_whole, write_text
+from mucs_cli.artifacts import is_intact, write_text
 from mucs_cli.data.source import Source
 from mucs_cli.errors import UserError
 from mucs_cli.records import read_manifest
@@ -38,6 +38,23 @@ def write_index(path: Path, source: Source, sha256: list[str], training: np.ndar
     write_text(path, csv_text(rows))
 
 
+def read_index(path: Path) -> dict[str, list[str]]:
+    """The columns of ``index.csv``, ``COLUMNS`` first; cell i is of example_id i.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        header, *rows = csv_cells(path.read_bytes().decode())
+    except (OSError, csv.Error, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error}). {ADVICE}") from error
+    if header[: len(COLUMNS)] != list(COLUMNS) or any(len(row) != len(header) for row in rows):
+        raise UserError(str(path), f"got other columns than {', '.join(COLUMNS)} and metadata. {ADVICE}")
+    if any(row[0] != str(position) for position, row in enumerate(rows)):
+        raise UserError(str(path), f"expected example_id 0, 1, 2, ... in order. {ADVICE}")
+    return {name: [row[index] for row in rows] for index, name in enumerate(header)}
+
+
 @dataclass(eq=False)
 class Record:
     """The data set a run was started with.
@@ -60,19 +77,12 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record":
         """Raises MismatchError where ``index.csv`` is not the one that was written, UserError where it is no index."""
-        path = folder / INDEX
         manifest = read_manifest(folder / "manifest.json")
         missing = [key for key in REQUIRED if key not in manifest]
         if missing:
             raise UserError(str(folder / "manifest.json"), f"has no {missing[0]}. {ADVICE}")
         check_output(folder, manifest, INDEX)
-        try:
-            header, *rows = csv_cells(path.read_bytes().decode())
-        except (csv.Error, ValueError) as error:
-            raise UserError(str(path), f"cannot be read ({error}). {ADVICE}") from error
-        if header[: len(COLUMNS)] != list(COLUMNS) or any(len(row) != len(header) for row in rows):
-            raise UserError(str(path), f"got other columns than {', '.join(COLUMNS)} and metadata. {ADVICE}")
-        columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
+        columns = read_index(folder / INDEX)
         training = [index for index, part in enumerate(columns["split"]) if part == "training"]
         return cls(
             folder,
@@ -109,7 +119,7 @@ class Record:
         """Whether the run's file of condition vectors is whole and still what ``source`` would give."""
         return (
             self.has_conditions
-            and is_whole(self.folder, self.manifest, CONDITIONS)
+            and is_intact(self.folder, self.manifest, CONDITIONS)
             and self.manifest["source"]["condition_state"] == source.condition_state
             and self.file == source.files
         )
@@ -151,7 +161,7 @@ class Record:
 
 
 def check_output(folder: Path, manifest: dict[str, Any], name: str) -> None:
-    if not is_whole(folder, manifest, name):
+    if not is_intact(folder, manifest, name):
         raise MismatchError(
             str(folder / name),
             "is missing or not the file its manifest names (SHA-256 differs). Use overwrite=true to make it again.",

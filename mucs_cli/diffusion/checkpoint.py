@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mucs_cli.artifacts import check_file, read_tensors, write_json, write_tensors
+from mucs_cli.artifacts import check_file, read_tensors, write_atomic, write_json, write_tensors
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.denoiser import Denoiser, EDMDenoiser
 from mucs_cli.diffusion.networks import DiT, Network
@@ -49,8 +49,7 @@ def precondition(network: Network, facts: Mapping[str, Any], subject: str) -> De
 
 def save_denoiser(folder: Path, denoiser: Denoiser, weights: dict[str, Tensor]) -> list[Path]:
     """Writes the network's configuration, ``weights`` and the preconditioning; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    denoiser.network.save_config(folder)
+    write_atomic(folder / CONFIG, denoiser.network.to_json_file)
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
     write_json(folder / FACTS, denoiser.facts())
     return [folder / CONFIG, folder / WEIGHTS, folder / FACTS]

@@ -6,10 +6,10 @@ This file is imported to show help, as all in this folder are: torch is imported
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.files import user_path
 from mucs_cli.schemas import MetricsConfig
 
 if TYPE_CHECKING:
@@ -127,4 +127,4 @@ def load_metric(name: str, path: str, key: str, device: "torch.device", batch_si
             return 1 - lpips(first.to(device), second.to(device))
 
         compare = partial(in_batches, similarity, batch_size=max(1, batch_size // LPIPS_SHARE))
-    return Metric(name, compare, sha256_file(Path(path).expanduser()))
+    return Metric(name, compare, sha256_file(user_path(path)))

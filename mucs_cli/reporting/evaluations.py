@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mucs_cli.artifacts import is_fingerprint, read_file
+from mucs_cli.errors import DamagedError
 from mucs_cli.records import flatten
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.reporting.facts import duration, value_text
@@ -88,11 +89,8 @@ def evaluation_views(results: RunResults, images: bool) -> list[EvaluationView]:
 
 def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], images: bool) -> EvaluationView:
     folder = results.run / "evaluate" / name
-    title, _, _, _, *lines = read_file(folder, manifest, "table.md").decode().splitlines()  # 3: columns, 4: a rule
-    read_file(folder, manifest, "table.csv")
-    table = as_table(without_legend(title), read_rows(folder / "table.csv", "evaluate"))
-    marks = [[mark_of(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    files = [file for file in manifest["outputs"] if file.startswith("charts/") and file.endswith(".svg")]
+    table, marks = read_table(folder, manifest)
+    files = [file for file in manifest.get("outputs", {}) if file.startswith("charts/") and file.endswith(".svg")]
     drawings = {file: read_file(folder, manifest, file) for file in files}
     shown = {file: svg for file, svg in drawings.items() if images or RASTER not in svg}
     numeric = [not table.is_text(column) for column in range(len(table.columns))]
@@ -118,6 +116,30 @@ def evaluation_view(results: RunResults, name: str, manifest: dict[str, Any], im
         num_left_out=len(drawings) - len(shown),
         outdated=outdated_variants(results.run, manifest),
     )
+
+
+def read_table(folder: Path, manifest: dict[str, Any]) -> tuple[Table, list[list[str]]]:
+    """The table of an evaluation, and for each row the mark of each cell.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two do not fit each other.
+    """
+    markdown = read_file(folder, manifest, "table.md").decode(errors="replace").splitlines()
+    read_file(folder, manifest, "table.csv")
+    lines = markdown[4:]  # below title, empty line, columns and rule
+    marks = [[mark_of(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    rows = read_rows(folder / "table.csv", "evaluate")
+    try:
+        table = as_table(without_legend(markdown[0]), rows)
+        shape = [len(table.columns)] * len(table.rows)
+    except (IndexError, TypeError, ValueError):  # no title, or a bound that is no number
+        shape = None
+    if shape is None or [len(row) for row in marks] != shape:
+        raise DamagedError(
+            str(folder / "table.md"),
+            f"does not fit {folder / 'table.csv'}. Rerun mucs evaluate with overwrite=true.",
+        )
+    return table, marks
 
 
 def row_spans(table: Table) -> list[list[int]]:
@@ -148,9 +170,8 @@ def without_legend(title: str) -> str:
 def evaluation_facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     inputs, config = manifest.get("inputs", {}), flatten(manifest.get("config", {}).get("evaluation", {}))
     settings = [f"{key} {value_text(value)}" for key, value in config.items() if key != "name" and value is not None]
-    found = [
-        ("made", f"{manifest['ended'].replace('T', ' ').replace('+00:00', ' UTC')}, in {duration(manifest['seconds'])}")
-    ]
+    ended = manifest.get("ended", "–")
+    found = [("made", f"{ended.replace('T', ' ').replace('+00:00', ' UTC')}, in {duration(manifest.get('seconds'))}")]
     named = ((key, inputs[key]) for key in ("variants", "queries") if key in inputs)
     found += [(key, value_text(value)) for key, value in named if not is_fingerprint(value)]
     counts = manifest.get("counts", {}).items()

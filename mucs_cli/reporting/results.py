@@ -16,15 +16,14 @@ from torch import Tensor
 
 from mucs_cli.artifacts import check_file, fingerprint, read_tensors
 from mucs_cli.block_file import map_tensor
-from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.data.record import COLUMNS, INDEX, read_index
+from mucs_cli.errors import DamagedError, UserError, did_you_mean
 from mucs_cli.evaluation.measures.near_duplicates import NearDuplicates, near_duplicates
-from mucs_cli.records import read_manifest
+from mucs_cli.records import is_query, read_manifest
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import generator
 from mucs_cli.stage_folder import require_manifest
 
-INDEX_COLUMNS = ("example_id", "file", "sha256", "split")
-"""Columns of data/index.csv that are not the data set's own metadata."""
 QUERY_COLUMNS = ("query", "file")
 """Columns of sample/queries.csv that are not the metadata of the queries' folder."""
 TRAINED = "training"
@@ -127,6 +126,7 @@ class RunResults:
             raise UserError("run", f"got {run}; expected the folder of a finished run. Make one: mucs run run={run}")
         self.run = run
         self.data = require_manifest(run / "data", "train")
+        self._check_data()
         self.sample = require_manifest(run / "sample", "sample")
         self.train = optional_manifest(run / "train")
         folders = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
@@ -142,6 +142,16 @@ class RunResults:
         """Name -> manifest of the finished ones."""
         self.unfinished_evaluations = [name for name in found if name not in self.evaluations]
         self._variants: dict[str, Variant] = {}
+
+    def _check_data(self) -> None:
+        """Raises UserError where the data's manifest lacks what every reader of scores asks for."""
+        for part, kind in (("fingerprint", str), ("levels", int)):
+            if type(self.data.get(part)) is not kind or not self.data[part]:
+                raise DamagedError(
+                    str(self.run / "data" / "manifest.json"),
+                    f"got {part} {self.data.get(part)!r}, which mucs does not write. Use another run=, or rerun mucs "
+                    "train with overwrite=true.",
+                )
 
     # --- variants ----------------------------------------------------------------------------------------------------
 
@@ -196,10 +206,11 @@ class RunResults:
             ("image", variant.example_ids.tolist(), len(self.index)),
             ("query", variant.query_ids, len(self.queries)),
         ):
-            if ids and max(ids) >= count:
+            wrong = [number for number in ids if not 0 <= number < count]
+            if wrong:
                 raise UserError(
                     str(folder),
-                    f"scores {what} {max(ids)}; this run has {count}. Rerun mucs score with overwrite=true.",
+                    f"scores {what} {wrong[0]}; this run has {count}. Rerun mucs score with overwrite=true.",
                 )
 
     @property
@@ -221,14 +232,10 @@ class RunResults:
     @cached_property
     def index(self) -> list[dict[str, str]]:
         """Rows of data/index.csv; row i is example_id i."""
-        path = self.run / "data" / "index.csv"
+        path = self.run / "data" / INDEX
         check_file(path.parent, self.data, path.name)
-        rows = read_rows(path, "train")
-        if any(row.get("example_id") != str(position) for position, row in enumerate(rows)):
-            raise UserError(
-                str(path), "expected example_id 0, 1, 2, ... in order. Rerun mucs train with overwrite=true."
-            )
-        return rows
+        columns = read_index(path)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     @cached_property
     def images(self) -> NDArray[np.uint8]:
@@ -263,7 +270,7 @@ class RunResults:
             return {}
         check_file(path.parent, self.sample, path.name)
         rows = read_rows(path, "sample")
-        if not all(row.get("query", "").isdecimal() and "file" in row for row in rows):
+        if not all(is_query(row.get("query", "")) and "file" in row for row in rows):
             raise UserError(
                 str(path), "expected columns query (a number) and file. Rerun mucs sample with overwrite=true."
             )
@@ -303,7 +310,7 @@ class RunResults:
 
     def metadata(self, example_id: int) -> dict[str, str]:
         """The data set's own columns for one image, for example its label."""
-        return {key: value for key, value in self.index[example_id].items() if key not in INDEX_COLUMNS}
+        return {key: value for key, value in self.index[example_id].items() if key not in COLUMNS}
 
     @cached_property
     def exact_copies(self) -> dict[int, list[int]]:

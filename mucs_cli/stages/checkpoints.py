@@ -89,7 +89,9 @@ class QueryCheckpoints:
         self._place = places[0] if places else self.folder / f"query_{first:04d}"
         self._state, self._saved = state, time.monotonic()
         if places:
-            return read_checkpoint(self._place)
+            left = read_checkpoint(self._place)
+            # an older state, which is read where the newest is damaged, may be of a larger stack
+            return left if left and left["query_id"].tolist() == queries else {}
         shutil.rmtree(self._place, ignore_errors=True)  # of another stack
         return {}
 

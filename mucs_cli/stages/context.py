@@ -31,7 +31,9 @@ from mucs_cli.config import (
     sections_of,
     validate,
 )
-from mucs_cli.errors import UserError
+from mucs_cli.errors import DamagedError, UserError
+from mucs_cli.files import user_path
+from mucs_cli.interpolations import fault
 from mucs_cli.methods import METHODS
 from mucs_cli.records import read_manifest, read_record
 
@@ -78,6 +80,7 @@ class Context:
         record: what run.json is to hold once a stage begins: the run's own configuration, with the sections that this
             command decides as they are now; empty for commands that only read.
         typed: the keys that were typed on this command line.
+        made: folders that this command has made, the run's first.
     """
 
     command: str
@@ -86,6 +89,7 @@ class Context:
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     typed: tuple[str, ...] = ()
+    made: tuple[Path, ...] = ()
 
     @classmethod
     def create(cls, command: str, cfg: DictConfig, overrides: list[str], cwd: Path) -> "Context":
@@ -140,7 +144,7 @@ class Context:
         owned = [section for stage in stages for section in COMMANDS[stage].owns]
         if "train" in stages:
             owned.append("seed")
-        check_writable(run)
+        made = check_writable(run)
         return cls(
             command=command,
             config=config,
@@ -150,6 +154,7 @@ class Context:
             | {"score": result_config(base.score) | {"mode": "exact"}},
             record=record | {"config": without_index(record["config"] | {key: values[key] for key in owned})},
             typed=typed,
+            made=made,
         )
 
     def for_stage(self, stage: str) -> "Context":
@@ -198,7 +203,7 @@ class Context:
         command: str,
         sections: tuple[str, ...] = (),
         inputs: Mapping[str, Any] | None = None,
-        queries: Mapping[int, str] | None = None,
+        queries: Mapping[int, str | None] | None = None,
         may_grow: tuple[str, ...] = (),
         scores_only: bool = True,
         file_of: Callable[[int], str] | None = None,
@@ -241,7 +246,7 @@ def run_value(cfg: DictConfig) -> str:
 
 
 def absolute(path: str, cwd: Path) -> Path:
-    return Path(os.path.abspath(cwd / Path(path).expanduser()))
+    return Path(os.path.abspath(cwd / user_path(path)))
 
 
 def as_values(cfg: DictConfig, cwd: Path) -> dict[str, Any]:
@@ -367,7 +372,28 @@ def read_run_record(path: Path) -> dict[str, Any]:
             raise UserError(
                 str(path), f"got another {section} than mucs writes; expected {expected}. Use another run=."
             )
+    refuse_unknown(config, path)
+    refuse_references(config, path)
     return record
+
+
+def refuse_unknown(config: Mapping[str, Any], path: Path) -> None:
+    """Refuses recorded keys that are no keys of mucs, before anything is made of their values."""
+    sections = set(sections_of(PipelineConfig))
+    known = {entry.name for entry in fields(PipelineConfig)}
+    unknown = [str(key) for key in config if key not in known | set(PER_COMMAND)]
+    for section in sections & set(config):
+        keys = {entry.name for entry in fields(schema_of(section, config[section], PipelineConfig))}
+        unknown += [f"{section}.{key}" for key in config[section] if key not in keys]
+    if unknown:
+        raise UserError(str(path), f"got {unknown[0]}, no key of mucs. Leave it out, or use another run=.")
+
+
+def refuse_references(config: Any, path: Path) -> None:
+    """Refuses recorded values that would resolve to more than keys, the environment and the time."""
+    if (wrong := fault(config)) is not None:
+        key, what = wrong
+        raise UserError(str(path), f"got {what}{key and f' in {key}'}; mucs does not resolve it. Use another run=.")
 
 
 def rename_keys(config: dict[str, Any]) -> None:
@@ -401,6 +427,10 @@ def finished_sections(run: Path, stages: list[str]) -> dict[str, tuple[str, dict
         path = run / stage / "manifest.json"
         if command.owns and stage not in stages and path.exists():
             config = read_manifest(path).get("config", {})
+            wrong = [section for section in command.owns if not isinstance(config.get(section, {}), dict)]
+            if wrong:
+                raise DamagedError(str(path), f"got {wrong[0]} of another form than mucs writes. Use another run=.")
+            refuse_references(config, path)
             found |= {section: (stage, config[section]) for section in command.owns if section in config}
     return found
 
@@ -418,9 +448,10 @@ def check_against(decided: Mapping[str, Any], section: str, config: Any, stage: 
             )
 
 
-def check_writable(run: Path) -> None:
-    """Refuses a run folder that cannot be made or written, before anything is computed."""
+def check_writable(run: Path) -> tuple[Path, ...]:
+    """Refuses a run folder that cannot be made or written, before anything is computed; returns the folders it made."""
     try:
+        missing = tuple(folder for folder in (run, *run.parents) if not folder.exists())
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
@@ -428,6 +459,7 @@ def check_writable(run: Path) -> None:
         ) from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise UserError("run", f"got {run}, which is not writable. Choose another run=, or change its permissions.")
+    return missing
 
 
 # --- variants --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_tensors, sha256_file, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, sha256_file, write_tensors
 from mucs_cli.config import result_config
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
@@ -209,10 +209,12 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         key = fingerprint(self.base.model.fingerprint, sampler, seeds, "none" if condition is None else condition)[:16]
         name = "base" if task is None else self.models.key(task)
         path = self.context.folder("retrain", "_pictures", key, f"{name}.safetensors")
-        if not path.exists():
+        kept = read_kept(path)
+        if not kept:
             denoiser = self.base.model.denoiser if task is None else self.models.denoiser(task)
-            write_tensors(path, {"picture": self._generate(denoiser, seeds, condition)})
-        return read_tensors(path)["picture"]
+            kept = {"picture": self._generate(denoiser, seeds, condition).cpu()}
+            write_tensors(path, kept)
+        return kept["picture"]
 
     def _generate(self, denoiser: Denoiser, seeds: Tensor, condition: Tensor | None) -> Tensor:
         model = replace(self.base.model, denoiser=denoiser)

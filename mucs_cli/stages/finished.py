@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, sha256_file
+from mucs_cli.artifacts import check_file, fingerprint
 from mucs_cli.block_file import map_tensor
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.reporting.results import variant_order
@@ -161,10 +161,7 @@ class ScoreFiles:
         """
         folder = self.run / "score" / name
         path, manifest = folder / SCORES, require_manifest(folder, "score")
-        if not path.exists() or sha256_file(path) != manifest["outputs"][SCORES]["sha256"]:
-            raise UserError(
-                str(path), "is not the file its manifest names (SHA-256 differs). Rerun mucs score with overwrite=true."
-            )
+        check_file(folder, manifest, SCORES)
         known = {int(query): print_ for query, print_ in manifest["queries"].items()}
         inputs = manifest["inputs"]
         compared = [("data", self.dataset, inputs.get("dataset")), ("model", self.model, inputs.get("model"))]

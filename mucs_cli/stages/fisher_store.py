@@ -4,7 +4,7 @@ import time
 
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, read_tensors, write_tensors
 from mucs_cli.attribution.fisher import DiagonalFisher
 from mucs_cli.errors import UserError
 from mucs_cli.interruption import held_back, saving
@@ -37,8 +37,8 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
         return read_tensors(path)
     stage.begin()
     fisher = DiagonalFisher(model.denoiser, names, seed, flip)
-    if state.exists():
-        fisher.load_state(read_tensors(state))
+    if left := read_kept(state):
+        fisher.load_state(left)
     visits, size, saved = (2 if flip else 1), BATCH_SIZE, time.monotonic()
     done, total = fisher.num_visits // visits, num_passes * work.num_images
 

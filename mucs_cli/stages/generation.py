@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, write_tensors
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.diffusion.ddpm import DDPMDenoiser
 from mucs_cli.diffusion.sampler import sample
@@ -82,8 +82,8 @@ def generate(
             label = None if condition is None else condition[part].to(device)
             key = fingerprint(seeds[part], *([] if condition is None else [condition[part]]))[:16]
             kept = None if folder is None or len(seeds) <= size else folder / f"{key}.safetensors"
-            if kept is not None and kept.exists():
-                images.append(read_tensors(kept)["image"])
+            if kept is not None and (left := read_kept(kept)):
+                images.append(left["image"])
                 done += len(images[-1])
                 progress.advance(len(images[-1]))
                 continue

@@ -74,8 +74,8 @@ class GrowingLosses:
 
 
 def is_of_shape(path: Path, shape: tuple[int, int]) -> bool:
-    """Whether the file is there, with room for losses of that shape."""
-    if not path.exists():
+    """Whether the file is there, with room for losses of that shape; a link, which could lead anywhere, is not."""
+    if path.is_symlink() or not path.exists():
         return False
     try:
         if map_tensor(path, "loss").shape == shape and map_tensor(path, "crc32").shape == shape[:1]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mucs_cli.artifacts import fingerprint, read_tensors, sha256_file, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, read_tensors, sha256_file, write_tensors
 from mucs_cli.diffusion.denoiser import Denoiser
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.lds import (
@@ -188,9 +188,11 @@ class LdsEvaluator(RetrainingEvaluator):
         with Progress("measure", len(tasks), "models") as progress:
             for task in tasks:
                 path = self.context.folder("retrain", "_losses", key, f"{self.models.key(task)}.safetensors")
-                if not path.exists():
-                    write_tensors(path, {"loss": self._losses(self.models.denoiser(task), queries)})
-                losses.append(read_tensors(path)["loss"].numpy())
+                kept = read_kept(path)
+                if not kept:
+                    kept = {"loss": self._losses(self.models.denoiser(task), queries)}
+                    write_tensors(path, kept)
+                losses.append(kept["loss"].cpu().numpy())
                 progress.advance()
         return (
             np.stack(losses).reshape(self.config.seeds_per_subset, len(self.subsets), len(queries)).transpose(0, 2, 1)

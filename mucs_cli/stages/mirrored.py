@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, write_tensors
 from mucs_cli.attribution.null_loss import BATCH_SIZE, MAX_BATCHES, monte_carlo_null_loss
 from mucs_cli.attribution.unlearning import (
     UnlearningResult,
@@ -94,7 +94,7 @@ class MirroredUnlearner(Unlearner):
         conditional = fresh.network.is_conditional
 
         path = self.checkpoints.folder / "null_loss.safetensors"
-        kept = read_tensors(path) if path.exists() else {}
+        kept = read_kept(path)
         sums = (float(kept["sum"]), int(kept["count"])) if kept else (0.0, 0)
         saved = time.monotonic()
 

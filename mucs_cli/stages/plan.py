@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -44,8 +44,13 @@ COLUMNS = ("stage", "what", "total", "finished", "to_do", "time", "peak_memory",
 
 
 def run(context: Context) -> None:
-    """Prints what the command would take; nothing in the run's folder changes."""
-    print_plan(context, [StagePlan("start", other_seconds=seconds_of_process()), *predict(context)])
+    """Prints what the command would take; nothing in the run's folder changes, and of a new run none is left."""
+    try:
+        print_plan(context, [StagePlan("start", other_seconds=seconds_of_process()), *predict(context)])
+    finally:
+        for folder in context.made:
+            with suppress(OSError):  # another command has begun to fill it
+                folder.rmdir()
 
 
 def predict(context: Context) -> list[StagePlan]:
@@ -109,15 +114,37 @@ def shadow_of(run: Path) -> Iterator[Path]:
     beside = run.parent if os.access(run.parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".mucs-plan-", dir=beside) as folder:
         shadow = Path(folder) / run.name
+        seen = {identity(run)}
         for place, folders, names in os.walk(run, followlinks=True):
-            if RACES in folders:
-                folders.remove(RACES)  # a race that was begun goes on by what it has found, which the shadow lacks
+            # a race that was begun goes on by what it has found, which the shadow lacks
+            folders[:] = [name for name in folders if name != RACES and is_entered(Path(place) / name, seen)]
             copy = shadow / Path(place).relative_to(run)
             copy.mkdir()
             for name in names:
-                if not (name.startswith(".") and name.endswith(".lock")):  # who is at the run does not bar the shadow
+                is_lock = name.startswith(".") and name.endswith(".lock")  # who is at the run does not bar the shadow
+                if not is_lock and (Path(place) / name).is_file():  # no pipe, which would be waited for
                     mirror(Path(place) / name, copy / name)
         yield shadow
+
+
+def is_entered(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder of the run is part of the shadow: once, and through a link where a stage's folder is there.
+
+    That may be on a larger disk; any other link could lead in a circle, or to a whole file system.
+    """
+    if folder.is_symlink() and not any(
+        next(folder.glob(f"{below}{name}"), None) for below in ("", "*/") for name in ("manifest.json", "state.json")
+    ):
+        return False
+    found = identity(folder)
+    is_new = found not in seen
+    seen.add(found)
+    return is_new
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def mirror(path: Path, copy: Path) -> None:
@@ -213,7 +240,8 @@ def notes_on_updates(context: Context, cut: list[str]) -> tuple[str, ...]:
     if not MODEL_STAGES.isdisjoint(cut) and "unlearning" in context.method.unlearning_sections(context.config):
         return (f"at most: {config.num_steps} updates a query. Run stages=[{','.join(cut)}] first to know better",)
     manifest = require_manifest(context.folder("unlearn", context.unlearn_variant()), "unlearn")
-    updates = [record["num_steps"] for record in manifest["results"]]
+    recorded = [record.get("num_steps") for record in manifest.get("results", [])]
+    updates = [num_steps for num_steps in recorded if num_steps is not None]
     return (f"about {fmean(updates):.0f} updates a query",) if updates else ()
 
 

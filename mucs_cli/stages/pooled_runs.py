@@ -13,6 +13,7 @@ from mucs_cli.artifacts import sha256_file, write_text
 from mucs_cli.config import result_config
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.counterfactual import Similarities
+from mucs_cli.files import user_path
 from mucs_cli.records import flatten, read_json
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.stage_folder import first_difference, require_manifest
@@ -75,7 +76,7 @@ def other_runs(
     name = context.config.evaluation.name
     found: dict[Path, Part] = {}
     run_of_model = {model: context.run}
-    for run in (Path(path).expanduser() for path in runs or []):
+    for run in map(user_path, runs or []):
         folder = run / "evaluate" / name
         if run.resolve() == context.run.resolve():
             raise UserError(RUNS, f"got {run}, which is this run. Leave it out: it is always pooled.")

@@ -5,9 +5,9 @@ All images get a few draws of the bank; those whose score can no longer be among
 sample that gets the whole bank as well; where it shows that too much is lost, all images get it.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import fingerprint, read_tensors, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, write_tensors
 from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.attribution.skew import mean_over_draws
 from mucs_cli.block_file import BlockFile
 from mucs_cli.rng import generator
-from mucs_cli.runtime import Progress, log
+from mucs_cli.runtime import LONG_REHEARSAL, Progress, log
 from mucs_cli.stage_folder import Stage
 from mucs_cli.stages.growing_losses import GrowingLosses
 from mucs_cli.stages.loading import num_settled
 from mucs_cli.stages.loss_comparison import LossComparison
+from mucs_cli.stages.query_records import QueryRecords
 from mucs_cli.stages.work import Work
 
 RACES = "races"
@@ -35,8 +36,6 @@ AUDIT = 16
 """Dropped images of which a batch gets the whole bank, to check what was dropped."""
 UNIT_BATCHES = 16
 """Batches that are computed between two entries in the journal, at most."""
-REHEARSED_SECONDS = 20.0
-"""How long a rehearsal races: a race slows down as it goes on, so that a whole one says most."""
 STEP = 1 << 32
 """Journal entries of one round, at most."""
 
@@ -58,6 +57,7 @@ class Races:
         self.work, self.comparison, self.stage = work, comparison, stage
         self.k = num_settled(work.config.score.top_k, work.num_images)
         self.confidence: float = work.config.score.confidence
+        self.records = QueryRecords(stage.folder / RACES)
 
     def prepare(self) -> None:
         self.comparison.prepare_engines()
@@ -88,33 +88,34 @@ class Races:
         rows = {name: torch.stack([found[query][name] for query in ids]) for name in ("score", "draws")}
         example_ids = torch.from_numpy(np.array(self.work.inputs.data.training, np.int64))
         write_tensors(path, {**rows, "query_id": torch.tensor(ids), "example_id": example_ids})
-        shutil.rmtree(path.parent / RACES, ignore_errors=True)
-        facts = self.stage.previous.get("races", {}) | self.stage.progress
-        return {"top_k": self.k, "races": {str(query): facts[str(query)] for query in ids if str(query) in facts}}
+        facts = self.records.read()
+        return {"top_k": self.k, "races": {str(query): facts[query] for query in queries if query in facts}}
 
     def race(self, queries: Sequence[int]) -> None:
         """Races those that no interrupted attempt has."""
-        left = processes.on_first(lambda: [query for query in queries if not self._is_raced(query)])
-        with Progress("score", len(queries), "queries", len(queries) - len(left), REHEARSED_SECONDS) as progress:
+        raced = self.records.read()
+        left = processes.on_first(lambda: [query for query in queries if not (query in raced and self.result(query))])
+        self.evaluations = [raced[query]["evaluations"] for query in queries if query not in left]
+        with Progress("score", len(queries), "queries", len(queries) - len(left), LONG_REHEARSAL) as progress:
             for query, facts in processes.share_out(left, lambda query: [self._run(query, progress)]):
-                self.stage.save_progress(self.stage.progress | {str(query): facts})
+                self.evaluations.append(facts["evaluations"])
                 progress.advance(numbers={"query": query, "evaluations": facts["evaluations"]})
                 log.info("score: query %d, %s", query, describe(facts))
 
-    def _is_raced(self, query: int) -> bool:
-        return self._path(query).exists() and str(query) in self.stage.progress
+    def result(self, query: int) -> dict[str, Tensor]:
+        """``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on; empty before it is raced."""
+        return read_kept(self._path(query))
 
     def rows(self, queries: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """query -> ``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on."""
+        """query -> its ``result``."""
         # a rehearsal leaves the loop early, and needs no scores
         nothing = {"score": torch.zeros(self.work.num_images), "draws": torch.zeros(self.work.num_images).int()}
-        return {query: read_tensors(self._path(query)) if self._is_raced(query) else nothing for query in queries}
+        return {query: self.result(query) or nothing for query in queries}
 
     def typical_evaluations(self) -> float:
         """Of a race: the mean of those that are finished, or a guess, which the digits and photographs come up to."""
-        finished = [facts["evaluations"] for facts in self.stage.progress.values()]
         first_round = self.work.num_images * race_rounds(len(self.engine.bank))[0]
-        return sum(finished) / len(finished) if finished else 2.2 * first_round
+        return fmean(self.evaluations) if self.evaluations else 2.2 * first_round
 
     def _path(self, query: int) -> Path:
         return self.stage.folder / RACES / f"query_{query:04d}.safetensors"
@@ -132,6 +133,7 @@ class Races:
                 self.engine.shrink(error)
                 continue
             write_tensors(self._path(query), {"score": race.scores(), "draws": torch.from_numpy(race.draws)})
+            self.records.write(query, race.facts())
             race.file.discard()
             return race.facts()
 

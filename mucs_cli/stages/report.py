@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mucs_cli.artifacts import fingerprint, is_whole, write_atomic, write_text
+from mucs_cli.artifacts import fingerprint, is_intact, write_atomic, write_text
 from mucs_cli.config import PipelineConfig, result_config
 from mucs_cli.data.dataset import load_dataset
 from mucs_cli.errors import UserError
@@ -81,4 +81,4 @@ def is_current(folder: Path, identity: dict[str, Any]) -> bool:
         return False
     if first_difference(identity, {key: manifest.get(key, {}) for key in identity}) is not None:
         return False
-    return all(is_whole(folder, manifest, name) for name in manifest.get("outputs", {}))
+    return all(is_intact(folder, manifest, name) for name in manifest.get("outputs", {}))

@@ -23,17 +23,20 @@ from mucs_cli.artifacts import (
 )
 from mucs_cli.data.query_folder import FolderQueries, load_query_folder
 from mucs_cli.errors import UserError
+from mucs_cli.locks import locked
 from mucs_cli.records import read_manifest
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import derive_seed, generator
 from mucs_cli.runtime import log, stage_log
 from mucs_cli.schemas import FolderQueriesConfig, PretrainedConfig, SampledQueriesConfig
-from mucs_cli.stage_folder import Stage
+from mucs_cli.stage_folder import Stage, keep_aside, kept_aside, recorded_file
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import decode, encode
 from mucs_cli.stages.generation import generate, query_conditions, refuse_sampler_keys
 from mucs_cli.stages.loading import ROLES, Inputs, load_inputs
 from mucs_cli.text import csv_text
+
+QUERIES = "queries.csv"
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,13 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
     """Generates the queries that the run does not have yet; those it has stay as they are, to the bit."""
     folder = context.folder("sample")
     refuse_sampler_keys(context, inputs.model)
-    known = recorded_queries(folder)
     held_out = held_out_queries(inputs, config)
     stage = context.stage(
         folder,
         "sample",
         sections=("sampler", "queries"),
         inputs={"model": inputs.model.fingerprint, "dataset": inputs.data.fingerprint},
-        queries={query: known.get(query, "to be sampled") for query in range(config.num + len(held_out))},
+        queries=dict.fromkeys(range(config.num + len(held_out))),
         # Ids are given once: after held-out images no generated ones can be added.
         may_grow=("config.queries.held_out",) if config.held_out else ("config.queries.num",),
     )
@@ -107,7 +109,7 @@ def sample_queries(context: Context, inputs: Inputs, config: SampledQueriesConfi
             ]
         )
         decisive = [tensor for name, tensor in tensors.items() if name not in ("picture", "role")]
-        prints = [fingerprint(*(tensor[i] for tensor in decisive)) for i in range(len(tensors["image"]))]
+        prints = [fingerprint(*(tensor[i] for tensor in decisive)) for i in range(len(seeds) + len(images))]
         columns = {"file": [""] * len(seeds) + [inputs.pixels.file[i] for i in images]} if len(images) else {}
         facts = {"device": str(inputs.device), "seeds": {"queries": config.seed}}
         write_queries(stage, NewQueries(tensors, prints, columns), facts)
@@ -156,7 +158,7 @@ def held_out_tensors(inputs: Inputs, ids: np.ndarray) -> dict[str, Tensor]:
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) -> None:
@@ -185,14 +187,18 @@ def read_queries(context: Context, inputs: Inputs, config: FolderQueriesConfig) 
     stage.begin()
     with stage_log(folder):
         new = order[len(stage.known_queries()) :]
-        picture = found.image[new]
-        tensors = {"image": picture}
-        if inputs.model.codec is not None:
-            tensors = {"image": encode(inputs.model.codec, picture, inputs.device), "picture": picture}
-        if condition is not None:
+        tensors = picture_tensors(found.image[new], inputs) if new else {}
+        if new and condition is not None:
             tensors["condition"] = condition[new]
         queries = NewQueries(tensors, [prints[position] for position in new], columns_of(found, new))
         write_queries(stage, queries, {"folder": config.path})
+
+
+def picture_tensors(picture: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """What is stored of pictures that were read, but for their conditions."""
+    if inputs.model.codec is None:
+        return {"image": picture}
+    return {"image": encode(inputs.model.codec, picture, inputs.device), "picture": picture}
 
 
 def columns_of(found: FolderQueries, order: list[int]) -> dict[str, list[str]]:
@@ -203,13 +209,16 @@ def columns_of(found: FolderQueries, order: list[int]) -> dict[str, list[str]]:
 
 def take_over_metadata(folder: Path, columns: dict[str, list[str]]) -> bool:
     """Whether the metadata of the folder's pictures has changed since they were read; queries.csv has it now."""
-    path, manifest = folder / "queries.csv", recorded(folder)
-    text = columns_text(columns)
-    if text == path.read_text(encoding="utf-8"):
-        return False
-    write_text(path, text)
-    manifest["outputs"][path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-    write_record(folder / "manifest.json", manifest)
+    path = folder / QUERIES
+    with locked(folder):
+        manifest, text = recorded(folder), columns_text(columns)
+        if text == path.read_text(encoding="utf-8"):
+            return False
+        keep_aside(folder, manifest, path.name)
+        write_text(path, text)
+        manifest["outputs"][path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        write_record(folder / "manifest.json", manifest)
+        kept_aside(path).unlink(missing_ok=True)
     log.info("sample: the queries' metadata has changed; %s has it now", path)
     return True
 
@@ -244,11 +253,6 @@ def order_of(found: FolderQueries, folder: Path, overwrite: bool) -> list[int]:
     return [position[file] for file in known] + [i for file, i in position.items() if file not in set(known)]
 
 
-def recorded_queries(folder: Path) -> dict[int, str]:
-    """id -> fingerprint of the queries of a finished stage; empty without one."""
-    return {int(query): print_ for query, print_ in recorded(folder).get("queries", {}).items()}
-
-
 def recorded(folder: Path) -> dict[str, Any]:
     """The manifest of a finished stage; empty without one."""
     path = folder / "manifest.json"
@@ -257,43 +261,46 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def recorded_files(folder: Path) -> list[str]:
     """File names of the queries of a finished stage, by id; empty without one, or where they were sampled."""
-    path, manifest = folder / "queries.csv", recorded(folder)
-    if path.name not in manifest.get("outputs", {}):
+    manifest = recorded(folder)
+    if QUERIES not in manifest.get("outputs", {}):
         return []
-    check_file(folder, manifest, path.name)
-    return [row["file"] for row in read_rows(path, "sample")][: len(recorded_queries(folder))]
+    path = recorded_file(folder, manifest, QUERIES)
+    if path.name == QUERIES:
+        check_file(folder, manifest, QUERIES)
+    return [row["file"] for row in read_rows(path, "sample")]
 
 
 def write_queries(stage: Stage, new: NewQueries, facts: dict[str, Any]) -> None:
     """Appends the new queries to those of the finished stage, if there is one, and finishes it."""
     folder, known = stage.folder, stage.known_queries()
     tensors, columns = new.tensors, new.columns
-    tensors.setdefault("role", torch.full((len(new.fingerprints),), ROLES["generated"]))
+    if new.fingerprints:
+        tensors.setdefault("role", torch.full((len(new.fingerprints),), ROLES["generated"]))
     path = folder / "samples.safetensors"
     if known:
         old = stage.previous_tensors(path.name)
         stage.keep_aside(path.name)
-        tensors = {name: torch.cat([old[name], tensor]) for name, tensor in tensors.items()}
-        columns = joined_columns(folder / "queries.csv", columns, len(known))
+        tensors = {name: torch.cat([old[name], tensors[name]]) if name in tensors else old[name] for name in old}
+        if QUERIES in stage.previous["outputs"]:
+            columns = joined_columns(recorded_file(folder, stage.previous, QUERIES), columns)
+            stage.keep_aside(QUERIES)
     stage.queries = known | dict(enumerate(new.fingerprints, len(known)))
     write_tensors(path, tensors, {"role": "0 generated, 2 held out of training"})
     write_grid(tensors.get("picture", tensors["image"]), folder / "grid.png")
     outputs = [path, folder / "grid.png"]
     if columns:
-        write_text(folder / "queries.csv", columns_text(columns))
-        outputs.append(folder / "queries.csv")
+        write_text(folder / QUERIES, columns_text(columns))
+        outputs.append(folder / QUERIES)
     stage.finish({**facts, "counts": {"queries": len(stage.queries)}}, outputs)
     added = f", {len(new.fingerprints)} of them new" if known else ""
     log.info("sample: %d queries%s, pictures in %s", len(stage.queries), added, folder / "grid.png")
 
 
-def joined_columns(path: Path, new: dict[str, list[str]], count: int) -> dict[str, list[str]]:
-    """The columns of a queries.csv of ``count`` rows with the new rows below them; empty cells where one has none."""
-    if not new:
-        return {}
-    rows = read_rows(path, "sample")[:count]
+def joined_columns(path: Path, new: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The columns of a queries.csv with the new rows below them; empty cells where one has none."""
+    rows = read_rows(path, "sample")
     names = dict.fromkeys([*(name for name in rows[0] if name != "query"), *new])
-    length = len(next(iter(new.values())))
+    length = len(next(iter(new.values()), []))
     return {name: [row.get(name, "") for row in rows] + new.get(name, [""] * length) for name in names}
 
 

@@ -18,6 +18,7 @@ from mucs_cli.runtime import Progress, log
 from mucs_cli.stage_folder import Stage, facts_of, require_manifest
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.finished import SCORES
 from mucs_cli.stages.loading import num_settled, refuse_unsettled
 from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.races import Races
@@ -26,7 +27,6 @@ from mucs_cli.stages.slices import fill
 from mucs_cli.stages.work import Work
 from mucs_cli.text import csv_text, inert
 
-SCORES = "scores.safetensors"
 TOP_ROWS = 100
 """Rows a query in top.csv; the whole ranking is in scores.safetensors."""
 
@@ -60,27 +60,33 @@ def run(context: Context) -> None:
         with locks.locked(folder, wait=context.config.queries.index is not None):
             sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
             found = read_tensors(folder / SCORES, sha256)
-        write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
+            write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
 
 
 def compute(stage: Stage, work: Work, scorer: Scorer, folder: Path) -> None:
     """Scores the stage's queries, into its folder; ``folder`` is the variant's, of which the stage may be a slice."""
     finished = finished_scores(stage)
+    processes.on_first(lambda: stage.keep_aside(SCORES) if finished else None)
     new = [query for query in stage.queries or () if query not in finished]
     races = races_of(stage, work, scorer)
     races.prepare() if races is not None else scorer.prepare()
     facts = write_scores(stage, work, scorer, races, new, finished)
     facts |= {"device": str(work.inputs.device), "processes": processes.count(), **scorer.facts()}
     processes.on_first(lambda: finish(stage, work, scorer, sorted({*new, *finished}), facts))
+    if races is not None and processes.is_first():
+        races.records.delete()
     log.info("score: %d queries x %d training images in %s", len(new), work.num_images, folder)
 
 
 def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any], work: Work, scorer: Scorer) -> None:
     """Adds the scores of a slice, see ``slices.fill``."""
     added = read_tensors(slice_folder / SCORES, manifest["outputs"][SCORES]["sha256"])
-    finished = finished_scores(stage) | rows_of(added)
-    stage.save_progress(stage.progress | manifest.get("races", {}))
-    facts = facts_of(manifest) | write_scores(stage, work, scorer, races_of(stage, work, scorer), [], finished)
+    old = finished_scores(stage)
+    if old:
+        stage.keep_aside(SCORES)
+    finished = rows_of(added) | old
+    facts = facts_of(manifest)
+    facts |= write_scores(stage, work, scorer, races_of(stage, work, scorer), [], finished, manifest.get("races", {}))
     finish(stage, work, scorer, sorted(finished), facts, manifest["seconds"])
 
 
@@ -96,15 +102,19 @@ def write_scores(
     races: Races | None,
     new: Sequence[int],
     finished: Mapping[int, Mapping[str, Tensor]],
+    raced: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the score file: new queries, for which scorer or races are prepared, and finished ones.
 
+    Args:
+        raced: what a slice's manifest says of its races, by query.
     Returns:
         What the manifest is to record.
     """
     path = stage.folder / SCORES
     if races is not None:
-        return races.write(path, new, finished)
+        facts = races.write(path, new, finished)
+        return facts | {"races": {**stage.previous.get("races", {}), **(raced or {}), **facts["races"]}}
     scores = Scores(work, scorer, new, {query: tensors["score"] for query, tensors in finished.items()})
     fill_file(path, fingerprint(stage.identity, scores.query_ids), scores)
     return {}
@@ -116,20 +126,20 @@ def finish(
     scorer: Scorer,
     query_ids: Sequence[int],
     facts: Mapping[str, Any],
-    earlier_seconds: float = 0.0,
+    seconds: float | None = None,
 ) -> None:
     """Writes what stands beside the scores, and the manifest.
 
     Args:
         query_ids: of all scores.
         facts: what else it is to record.
-        earlier_seconds: see ``Stage.finish``.
+        seconds: see ``Stage.finish``.
     """
     num_rows = min(TOP_ROWS, facts.get("top_k", TOP_ROWS))
     write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels, num_rows)
     outputs = [stage.folder / SCORES, stage.folder / "top.csv", *scorer.write_files(stage.folder, query_ids)]
     counts = {"queries": len(query_ids), "training_images": work.num_images}
-    stage.finish({**facts, "counts": counts}, outputs, earlier_seconds)
+    stage.finish({**facts, "counts": counts}, outputs, seconds)
 
 
 def warn_of_unused_keys(context: Context) -> None:
@@ -152,9 +162,7 @@ def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
     """query -> its row [N] of each tensor, of a finished stage that lacks some queries; empty without one."""
     if not stage.previous:
         return {}
-    tensors = stage.previous_tensors(SCORES)
-    stage.keep_aside(SCORES)
-    return rows_of(tensors)
+    return rows_of(stage.previous_tensors(SCORES))
 
 
 def rows_of(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -1,8 +1,10 @@
 """``mucs status``: the stages found in a run's folder, their state and size, and what can be computed again.
 
-Reads JSON and file sizes only: no tensor is opened and torch is not needed.
+Reads JSON and file sizes only: no tensor is opened and torch is not needed. What links lead to is listed and never
+deleted: in a folder from others they could lead to another run, or anywhere.
 """
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from rich.text import Text
 
 from mucs_cli import tracking
 from mucs_cli.errors import UserError
+from mucs_cli.files import read_regular
 from mucs_cli.records import SLICES, read_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.text import printable
@@ -136,7 +139,7 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
     if done:
         leftovers = [path for pattern in ("*.partial", "*.journal") for path in sorted(folder.rglob(pattern))]
         kept = [path for path in leftovers if not any(parent in again for parent in path.parents)]
-        cleanable = tuple(path for path in [*again, *kept] if path.exists())
+        cleanable = tuple(path for path in [*again, *kept] if path.exists() and not leads_away(run, path))
     else:
         cleanable = ()
     return Entry(
@@ -149,13 +152,19 @@ def entry_of(run: Path, folder: Path, again: list[Path]) -> Entry:
     )
 
 
+def leads_away(run: Path, path: Path) -> bool:
+    """Whether the path, or a folder between the run's and it, is a link."""
+    return any(part.is_symlink() for part in (path, *path.parents) if part != run and part.is_relative_to(run))
+
+
 def progress_of(folder: Path) -> str:
     """``absent``, or ``unfinished`` with what its progress.jsonl or finished blocks tell."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return "absent"
     line, blocks = tracking.last_line(folder), 0
     for journal in folder.rglob("*.journal"):
-        blocks += journal.read_bytes().count(b'"block"')
+        with contextlib.suppress(OSError):
+            blocks += read_regular(journal).count(b'"block"')
     if line.keys() >= {"done", "total", "unit"}:
         return f"unfinished, {line['done']} of {line['total']} {line['unit']}"
     return f"unfinished, {blocks} blocks" if blocks else "unfinished"
@@ -214,7 +223,7 @@ def table_of(run: Path, entries: list[Entry]) -> Table:
         spare = sum(size_of(path) for path in entry.cleanable)
         table.add_row(
             Text(printable(entry.name)),
-            entry.state,
+            Text(printable(entry.state)),
             Text(printable(entry.when.removesuffix("+00:00").replace("T", " "))),
             "" if entry.seconds is None else f"{entry.seconds:.1f}",
             bytes_text(entry.size) if entry.size else "",

@@ -1,9 +1,10 @@
 """``mucs unlearn``: fine-tunes one model a query that has unlearned it, and saves the tensors that changed."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,18 +12,17 @@ from typing import Any
 from mucs_cli import processes
 from mucs_cli.artifacts import link_or_copy, write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
-from mucs_cli.runtime import Progress, log
+from mucs_cli.runtime import LONG_REHEARSAL, Progress, log
 from mucs_cli.stage_folder import Stage, facts_of
 from mucs_cli.stages.checkpoints import QueryCheckpoints
 from mucs_cli.stages.context import Context
+from mucs_cli.stages.query_records import QueryRecords
 from mucs_cli.stages.slices import fill
 from mucs_cli.stages.unlearned import query_file
 from mucs_cli.stages.unlearner import Unlearner
 from mucs_cli.stages.work import Work
 
 LOSSES = "log.jsonl"
-REHEARSED_SECONDS = 20.0
-"""How long a rehearsal unlearns: queries differ in their updates, so that a few are better than one."""
 
 
 def run(context: Context) -> None:
@@ -53,43 +53,36 @@ def run(context: Context) -> None:
 
 def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
     """Unlearns the stage's queries, into its folder."""
-    folder = stage.folder
+    folder, records = stage.folder, records_of(stage)
     unlearner.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
     unlearner.prepare()
-    results = {record["query"]: record for record in processes.on_first(lambda: finished_results(stage))}
-    todo = [query for query in stage.queries or () if query not in results]
-    typical = median([record["num_steps"] for record in results.values()]) if results else 0
+    num_steps = dict(
+        processes.on_first(
+            lambda: [(query, done.summary["num_steps"]) for query, done in finished_queries(stage).items()]
+        )
+    )
+    todo = [query for query in stage.queries or () if query not in num_steps]
+    typical = median(num_steps.values()) if num_steps else 0
     total = len(stage.queries or ())
-    done = total - len(todo)
-    with unlearner.checkpoints, Progress("unlearn", total, "queries", done, REHEARSED_SECONDS) as progress:
+    with unlearner.checkpoints, Progress("unlearn", total, "queries", total - len(todo), LONG_REHEARSAL) as progress:
         unlearner.on_step = lambda query, step: progress.advance(
             0,
             {"query": query, **asdict(step)},
             unlearner.num_at_once * (min(1.0, (step.step + 1) / typical) if typical else unlearner.share_done(step)),
         )
 
-        def unlearned(some: Sequence[int]) -> Iterator[dict[str, Any]]:
+        def unlearned(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], str]]:
             for query, result in unlearner.results(some):
                 write_tensors(query_file(folder, query), result.tensors)
-                summary = result.summary()
-                yield {
-                    "query": query,
-                    "summary": summary,
-                    "log": log_lines(query, result),
-                    "text": describe(result),
-                }
+                records.write(query, {"summary": result.summary(), "losses": log_lines(query, result)})
+                yield query, result.summary(), describe(result)
 
         stacks = processes.on_first(lambda: list(unlearner.stacks(todo)))
-        for _, told in processes.share_out(stacks, unlearned):
-            query, summary = told["query"], told["summary"]
-            with (folder / LOSSES).open("a") as file:
-                file.write(told["log"])
-            results[query] = {"query": query, **summary}
-            stage.save_progress(stage.progress | {str(query): summary})
+        for _, (query, summary, text) in processes.share_out(stacks, unlearned):
             progress.advance(
                 numbers={"query": query, "step": summary["num_steps"], "query_loss": summary["query_loss"]}
             )
-            log.info("unlearn: query %d, %s", query, told["text"])
+            log.info("unlearn: query %d, %s", query, text)
             if summary["reached_bound"] is False:
                 log.warning(
                     "query %d did not reach its bound in unlearning.max_steps=%d updates; it is kept as it is. "
@@ -98,8 +91,6 @@ def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
                     summary["num_steps"],
                     unlearner.facts()["learning_rate"],
                 )
-    if processes.is_first():  # which has been told that all are done
-        shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
     facts = {
         "device": str(work.inputs.device),
         **unlearner.facts(),
@@ -107,37 +98,78 @@ def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
         "processes": processes.count(),
         "counts": {"trainable_tensors": len(unlearner.trainable)},
     }
-    finish(stage, results, facts)
+    processes.on_first(lambda: finish(stage, finished_queries(stage), facts))
+    if processes.is_first():
+        shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
+        records.delete()
 
 
 def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any]) -> None:
     """Adds the unlearned models of a slice, see ``slices.fill``."""
-    results = {record["query"]: record for record in finished_results(stage)}
-    added = {record["query"]: record for record in manifest["results"]}
+    done = finished_queries(stage)
+    added = {query: entry for query, entry in recorded(slice_folder, manifest).items() if query not in done}
     for query in added:
         name = query_file(slice_folder, query).name
         link_or_copy(slice_folder / name, stage.folder / name)
-    lines = [line for folder in (stage.folder, slice_folder) for line in (folder / LOSSES).read_text().splitlines(True)]
-    write_text(stage.folder / LOSSES, "".join(sorted(lines, key=lambda line: json.loads(line)["query"])))
-    finish(stage, results | added, facts_of(manifest), manifest["seconds"])
+    finish(stage, done | added, facts_of(manifest), manifest["seconds"])
 
 
 def finish(
-    stage: Stage, results: Mapping[int, dict[str, Any]], facts: dict[str, Any], earlier_seconds: float = 0.0
+    stage: Stage, done: Mapping[int, "DoneQuery"], facts: Mapping[str, Any], seconds: float | None = None
 ) -> None:
-    """Writes the manifest.
+    """Writes the losses and the manifest.
 
     Args:
-        results: of all queries that the folder has models of, those of earlier commands and attempts included.
-        facts: what else it is to record.
-        earlier_seconds: see ``Stage.finish``.
+        done: all queries that the folder has models of, those of earlier commands and attempts included.
+        facts: what else the manifest is to record.
+        seconds: see ``Stage.finish``.
     """
-    queries = sorted(results)
+    queries = sorted(done)
     known = stage.known_queries() | stage.attempted
     stage.queries = {query: known[query] for query in queries if query in known}
-    facts |= {"counts": facts["counts"] | {"queries": len(queries)}, "results": [results[query] for query in queries]}
+    write_text(stage.folder / LOSSES, "".join(line for query in queries for line in done[query].losses))
+    counts = {**facts["counts"], "queries": len(queries)}
+    results = [{"query": query, **done[query].summary} for query in queries]
     outputs = [*(query_file(stage.folder, query) for query in queries), stage.folder / LOSSES]
-    stage.finish(facts, outputs, earlier_seconds)
+    stage.finish({**facts, "counts": counts, "results": results}, outputs, seconds)
+
+
+# --- what is done ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DoneQuery:
+    """What is told of an unlearned query: for the manifest, and the losses of its steps, a line of JSON each."""
+
+    summary: dict[str, Any]
+    losses: list[str]
+
+
+def records_of(stage: Stage) -> QueryRecords:
+    """Of queries that no manifest names yet."""
+    return QueryRecords(stage.folder / "done")
+
+
+def finished_queries(stage: Stage) -> dict[int, DoneQuery]:
+    """The queries that the folder has models of: those of the finished stage, and of an unfinished attempt."""
+    done = recorded(stage.folder, stage.previous)
+    for query, record in records_of(stage).read().items():
+        if query not in done and query_file(stage.folder, query).exists():
+            done[query] = DoneQuery(record["summary"], record["losses"])
+    return done
+
+
+def recorded(folder: Path, manifest: Mapping[str, Any]) -> dict[int, DoneQuery]:
+    """The queries that a manifest names."""
+    known = {int(query) for query in manifest.get("queries", {})}
+    losses = losses_in(folder / LOSSES, known)
+    return {
+        record["query"]: DoneQuery(
+            {key: value for key, value in record.items() if key != "query"}, losses[record["query"]]
+        )
+        for record in manifest.get("results", [])
+        if record["query"] in known
+    }
 
 
 def describe(result: UnlearningResult) -> str:
@@ -147,35 +179,19 @@ def describe(result: UnlearningResult) -> str:
     return f"{result.num_steps} steps, {end}{last}{probe}"
 
 
-def finished_results(stage: Stage) -> list[dict[str, Any]]:
-    """Records of the queries that the folder has models of; drops what an interrupted attempt logged of others."""
-    known = stage.known_queries()
-    results = {record["query"]: record for record in stage.previous.get("results", []) if record["query"] in known}
-    results |= {
-        int(query): {"query": int(query), **summary}
-        for query, summary in stage.progress.items()
-        if query_file(stage.folder, int(query)).exists()
-    }
-    keep_log_of(stage.folder / LOSSES, set(results))
-    return list(results.values())
-
-
-def log_lines(query: int, result: UnlearningResult) -> str:
+def log_lines(query: int, result: UnlearningResult) -> list[str]:
     """The losses of every step."""
     records = [
         {"query": query, "step": entry.step, "retain_loss": entry.retain_loss, "forget_loss": entry.forget_loss}
         for entry in result.log
     ]
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return [json.dumps(record) + "\n" for record in records]
 
 
-def keep_log_of(path: Path, queries: set[int]) -> None:
-    """Drops lines of queries that an interrupted attempt did not finish."""
-    lines = []
+def losses_in(path: Path, queries: Collection[int]) -> dict[int, list[str]]:
+    """The lines of each of these queries; without what is damaged."""
+    found: dict[int, list[str]] = {query: [] for query in queries}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["query"] in queries:
-                lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # cut short by a crash, or damaged
-            continue
-    write_text(path, "".join(lines))
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            found[json.loads(line)["query"]].append(line + "\n")
+    return found

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from mucs_cli.evaluation.measures.removal import (
-    choose_queries,
     default_count,
     expected_union,
     own_and_others,
@@ -19,36 +18,6 @@ def draws(seed=0):
 
 
 # --- queries ---------------------------------------------------------------------------------------------------------
-
-
-def test_targets_and_controls_are_disjoint_whatever_the_seed_and_use_up_all_items_where_they_must():
-    for seed in range(30):
-        chosen = choose_queries(np.arange(100, 140), 20, 20, generator(seed, "items"))
-        assert sorted([*chosen.targets, *chosen.controls]) == list(range(100, 140))
-
-
-def test_the_choice_is_a_function_of_the_seed_and_differs_between_seeds():
-    items = np.arange(1000)
-    first, again, other = (choose_queries(items, 20, 20, generator(seed, "items")) for seed in (1, 1, 2))
-    assert first.targets.tolist() == again.targets.tolist() and first.controls.tolist() == again.controls.tolist()
-    assert len(set(first.targets) & set(other.targets)) < 5
-    more = choose_queries(items, 30, 20, generator(1, "items"))
-    assert more.targets[:20].tolist() == first.targets.tolist() and more.controls.tolist() == first.controls.tolist()
-
-
-def test_every_item_is_as_often_a_target_as_any_other():
-    counts = np.zeros(10)
-    for seed in range(1000):
-        counts[choose_queries(np.arange(10), 3, 3, generator(seed, "items")).targets] += 1
-    np.testing.assert_allclose(counts / 1000, 0.3, atol=0.06)  # standard deviation 0.0145
-
-
-def test_no_controls_are_none_and_too_few_items_are_refused():
-    assert len(choose_queries(np.arange(5), 5, 0, generator(0, "items")).controls) == 0
-    with pytest.raises(ValueError, match="of 5 distinct items"):
-        choose_queries(np.arange(5), 3, 3, generator(0, "items"))
-    with pytest.raises(ValueError, match="of 2 distinct items"):
-        choose_queries([1, 1, 2], 1, 1, generator(0, "items"))
 
 
 def test_no_query_is_its_own_reference_and_ten_rolls_compare_it_with_ten_others():

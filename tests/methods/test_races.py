@@ -310,7 +310,7 @@ def test_a_race_is_planned_without_being_run(
     mucs("unlearn", f"run={run}", *UNLEARN)
     mucs("score", f"run={run}", *KEYS, *RACE, "queries.index=0")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(races, "REHEARSED_SECONDS", 0.0)
+    monkeypatch.setattr(races, "LONG_REHEARSAL", 0.0)
     capsys.readouterr()
     mucs("score", f"run={run}", *KEYS, *RACE, "plan=true")
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "score, queries" in line]

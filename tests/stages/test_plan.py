@@ -55,8 +55,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[StagePlan]:
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loop that may be left is left after its first step."""
-    for module in ("fitting", "generation", "unlearn", "blocks", "fisher_store"):
+    for module in ("fitting", "generation", "blocks", "fisher_store"):
         monkeypatch.setattr(f"mucs_cli.stages.{module}.REHEARSED_SECONDS", 0.0)
+    monkeypatch.setattr("mucs_cli.stages.unlearn.LONG_REHEARSAL", 0.0)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -188,20 +188,20 @@ def test_two_processes_train_as_one_does_from_the_start_and_from_its_checkpoint_
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", interrupted)
-        assert main(["train", *TRAINING, f"run={tmp_path / 'resumed-0'}"]) == 130
+        assert main(["train", *TRAINING, f"run={tmp_path / 'resumed-0.0'}"]) == 130
     runs = ",".join(f"{tmp_path / name}-${{model.dropout}}" for name in ("fresh", "again", "resumed"))
     run_by(2, "train", "-m", *TRAINING, f"run={runs}", "model.dropout=0,0.3")
     for name, step in (("fresh", 0), ("resumed", 10)):
-        run = tmp_path / f"{name}-0"
+        run = tmp_path / f"{name}-0.0"
         assert manifest_of(run / "train")["processes"] == 2
         assert losses_of(run) == pytest.approx(losses_of(base), abs=1e-4)
         assert losses_of(run)[:step] == losses_of(base)[:step]
         assert losses_of(run)[step:] != losses_of(base)[step:]  # sums in another order: it is no copy
-    assert "going on from step 10" in (tmp_path / "resumed-0" / "train" / "log.txt").read_text()
-    for dropout in ("0", "0.3"):
+    assert "going on from step 10" in (tmp_path / "resumed-0.0" / "train" / "log.txt").read_text()
+    for dropout in ("0.0", "0.3"):
         fresh, again = (tensors_in(tmp_path / f"{name}-{dropout}" / "train" / "model") for name in ("fresh", "again"))
         assert again == fresh
-    assert losses_of(tmp_path / "fresh-0.3") != losses_of(tmp_path / "fresh-0")
+    assert losses_of(tmp_path / "fresh-0.3") != losses_of(tmp_path / "fresh-0.0")
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 24, 25])

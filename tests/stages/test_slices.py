@@ -106,7 +106,7 @@ def test_a_slice_is_computed_while_another_job_is_at_the_variant(
             time.sleep(0.02)
         assert not (folder / "manifest.json").exists()
     _, said = job.communicate(timeout=300)
-    assert job.returncode == 0 and "waiting for" in said
+    assert job.returncode == 0, said
     mucs(command[0], f"run={run}", *command[1:], SECOND)
     assert_whole(run, whole, command[0])
 
@@ -149,6 +149,7 @@ def test_a_kill_while_a_slice_is_added_loses_nothing(
             stop(Killed, command[0], f"run={run}", *command[1:], FIRST)
         locks.release_all()
         assert list((run / command[0]).glob("_slices/*/manifest.json"))
+        mucs(command[0], f"run={run}", *command[1:], SECOND)  # which is there, though its files were being replaced
         with monkeypatch.context() as patched:
             stop_after(patched, mirrored, "unlearn", 0, Killed)
             stop_after(patched, engine.Engine, "losses", 0, Killed)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mucs_cli.artifacts import read_tensors, write_tensors
 from mucs_cli.errors import UserError
+from mucs_cli.files import user_path
 
 METADATA_KEY = "mucs_metric"
 Network = TypeVar("Network", bound=nn.Module)
@@ -48,7 +49,7 @@ def load_weights(network: Network, metric: str, path: str, key: str) -> Network:
     Raises:
         UserError: the file is not there, damaged, not one that the converter wrote, or another metric's.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     expected = f"expected the file that scripts/convert/{metric}.py wrote"
     if not file.is_file():
         raise UserError(key, f"got {path}, which is not there or no file; {expected}. See docs/metrics.md.")

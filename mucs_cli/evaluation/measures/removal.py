@@ -1,4 +1,4 @@
-"""Who is asked and what is taken away: the choice of queries and of removed images in a counterfactual evaluation.
+"""What is taken away in a counterfactual evaluation: the images that are removed, and what queries are compared with.
 
 For each training seed some queries are targets, whose top K images are removed, and some are controls, for which
 nothing is. Removing for all targets at once, the union of their sets, costs one retraining a method; its size depends
@@ -7,7 +7,6 @@ random as a method did.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,33 +19,6 @@ NUM_ROLLS = 10
 
 
 # --- queries ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Queries:
-    """targets, controls: item ids, in the order drawn; disjoint."""
-
-    targets: Ids
-    controls: Ids
-
-
-def choose_queries(items: ArrayLike, num_targets: int, num_controls: int, generator: torch.Generator) -> Queries:
-    """Targets and controls, without replacement.
-
-    One order of all items: the targets from its front, the controls from its end, so that more of the ones leave the
-    others as they were.
-
-    Args:
-        items: ids to choose from, distinct.
-        generator: of the training seed.
-    Raises:
-        ValueError: too few items, or items that repeat.
-    """
-    ids = np.asarray(items, dtype=np.int64)
-    if len(np.unique(ids)) != len(ids) or min(num_targets, num_controls) < 0 or num_targets + num_controls > len(ids):
-        raise ValueError(f"{num_targets} targets and {num_controls} controls of {len(np.unique(ids))} distinct items")
-    order = ids[torch.randperm(len(ids), generator=generator).numpy()]
-    return Queries(order[:num_targets], order[len(ids) - num_controls :])
 
 
 def reference_partners(num_queries: int, num_rolls: int = NUM_ROLLS) -> Ids:

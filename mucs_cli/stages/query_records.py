@@ -1,0 +1,54 @@
+"""What an unfinished stage has finished, query by query: a record each, beside the query's own file.
+
+The process that did it writes it, before it lets go of what it would need to do it again. So nothing is done twice,
+whichever process of a command is killed.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mucs_cli.artifacts import write_record
+from mucs_cli.errors import UserError
+from mucs_cli.records import read_record
+from mucs_cli.runtime import log
+
+
+class QueryRecords:
+    """The records of one stage.
+
+    Args:
+        folder: holds them; may hold other files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def write(self, query: int, record: Mapping[str, Any]) -> None:
+        """Says that a query is done.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        write_record(self._path(query), record)
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """By query; one that is damaged is left out, as if its query had not been done."""
+        found = {}
+        for path in sorted(self.folder.glob("query_*.json")):
+            number = re.fullmatch(r"query_(\d{4,9})", path.stem)
+            try:
+                if number is not None:
+                    found[int(number.group(1))] = read_record(path)
+            except UserError as error:
+                log.warning("%s is damaged; doing its query again", error.subject)
+        return found
+
+    def delete(self) -> None:
+        """Once the stage's manifest says all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, query: int) -> Path:
+        return self.folder / f"query_{query:04d}.json"
