@@ -21,11 +21,33 @@ def load(name: str) -> ModuleType:
 fuzz, faults = load("fuzz"), load("faults")
 
 
-@pytest.mark.parametrize("name", fuzz.TARGETS)
+CRASHING = ("results", "ensembles")
+"""Their readers are being mended: a target that passes has to leave this list."""
+MENDING = pytest.mark.xfail(strict=True, reason="crashes that the fuzzer has found")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MENDING if name in CRASHING else ()) for name in fuzz.TARGETS]
+)
 def test_every_parser_reads_or_refuses_whatever_it_is_given(name: str) -> None:
     outcome = fuzz.run_target(name, 40)
     assert outcome.total() >= 20
-    assert outcome["refused"] > 0 or name == "status"  # which shows what it can
+    assert outcome["read"] > 0
+    assert outcome["refused"] > 0 or name in (
+        "status",
+        "progress.jsonl",
+        "log.jsonl",
+    )  # which show and keep what they can
+
+
+@pytest.mark.parametrize("name", ["results", "evaluations", "ensembles"])
+def test_the_run_that_the_fuzzer_damages_is_read_to_the_end(name: str, tmp_path: Path) -> None:
+    from fuzz_run import sound_run
+
+    fuzz.TARGETS[name].read(tmp_path, sound_run())
+    assert len(fuzz.RunResults(tmp_path).variants) == 3
+    assert len(fuzz.ensemble_views(fuzz.RunResults(tmp_path))) == 1
+    assert len(fuzz.evaluation_views(fuzz.RunResults(tmp_path), images=True)[0].rows) == 2
 
 
 def test_the_fuzzer_finds_a_parser_that_crashes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,10 @@ def main() -> None:
         if record.has_conditions or record.label is None:
             raise SystemExit(f"{arguments.run}: its model has vectors as conditions; expected class labels, or none.")
         condition = torch.from_numpy(record.label[: arguments.images])
-    paths = sorted((arguments.run / "unlearn" / arguments.variant).glob("query_*.safetensors"))[: arguments.queries]
+    folder = arguments.run / "unlearn" / arguments.variant
+    paths = sorted(folder.glob("query_*.safetensors"))[: arguments.queries]
+    if not paths:
+        raise SystemExit(f"{folder}: no unlearned models; expected those of a variant. Choose another --variant.")
     models = [{}, *(load_file(path) for path in paths)]
     result = {"benchmark": "draws", "images": len(image), "queries": len(paths), "draws": arguments.draws}
     for grid in GRIDS:

@@ -24,15 +24,17 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
-from sklearn.datasets import load_sample_images
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from bench_runs import cut_photographs
+from printing import print_result
 
 from mucs_cli.cli import main as mucs_main
 
@@ -103,7 +105,7 @@ FILES: dict[str, tuple[str, Job]] = {
     "training curve": ("train/metrics.csv", REPORT),
     "condition vectors": ("data/conditions.safetensors", VECTORS),
     "user's condition file": ("../pictures/vectors.safetensors", VECTORS),
-    "user's picture": ("../pictures/*.png", VECTORS),
+    "user's picture": ("../pictures/*/*.png", VECTORS),
 }
 """Kind of file -> pattern below the run's folder, and the command that reads it."""
 
@@ -170,21 +172,11 @@ def make_digits(run: Path) -> None:
 
 def make_vectors(run: Path) -> None:
     pictures = run.parent / "pictures"
-    cut_photographs(pictures)
+    cut_photographs(pictures, SIDE, distance=128)
+    vectors = np.random.default_rng(0).normal(size=(len(list(pictures.rglob("*.png"))), 4)).astype(np.float32)
+    save_file({"condition": vectors}, pictures / "vectors.safetensors")
     where = [f"data.path={pictures}", f"data.condition_file={pictures / 'vectors.safetensors'}"]
     make(run, ["run", *PHOTOS, *where, *SAMPLE, *UNLEARN, "stages=[train,sample,unlearn]"])
-
-
-def cut_photographs(folder: Path, count: int = 32) -> None:
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    photograph = load_sample_images().images[0]
-    for number in range(count):
-        top, left = SIDE * (number // 8), SIDE * (number % 8)
-        Image.fromarray(photograph[top : top + SIDE, left : left + SIDE]).save(folder / f"{number:02d}.png")
-    vectors = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    save_file({"condition": vectors}, folder / "vectors.safetensors")
 
 
 MAKERS = {"digits": make_digits, "vectors": make_vectors}
@@ -300,7 +292,9 @@ def full_disk(runs: Runs, chance: random.Random, job: Job) -> tuple[str, str]:
 
 FRESH = Job("digits", ("unlearn", *UNLEARN, "unlearning.forget_weight=0.3"), ("unlearn/*0.3*/query_*.safetensors",))
 NEW_PIXELS = Job("digits", ("score", "method=random", "method.seed=3"), ("score/random*/scores.safetensors",))
+MORE_QUERIES = Job("digits", ("sample", "sampler.num_steps=2", "queries.num=4"), ("sample/samples.safetensors",))
 WRITERS = {
+    "sampling": MORE_QUERIES,
     "unlearning": FRESH,
     "scoring": RESCORE,
     "a race": RERACE,
@@ -356,25 +350,51 @@ def two_at_once(runs: Runs, chance: random.Random, name: str) -> tuple[str, str]
     return ("one line" if refused else "same result"), ""
 
 
-SWEEP = ["score", "-m", *SCORE, "method.epsilon=0.5,0.6,0.7", "hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]
+SLICES = ("0:1", "1:2")
+"""All queries of a run."""
 
 
-def sweep(runs: Runs, chance: random.Random, name: str) -> tuple[str, str]:
-    """Three jobs that all need base losses which are not there; in one sort, a worker is killed meanwhile."""
-    sound = runs.sound(RESCORE)
+def sliced(job: Job) -> Job:
+    """The job, whose results are to be whole: no slice may be left over."""
+    return replace(job, results=(*job.results, "*/_slices/*/*.json"))
+
+
+def two_slices(runs: Runs, chance: random.Random, name: str) -> tuple[str, str]:
+    """Each half of a variant's queries in a command of its own: together they leave what one command does."""
+    job = sliced(WRITERS[name])
+    sound = runs.sound(job)
+    with runs.copy(job.run) as run:
+        processes = [start(run, [*job.arguments, f"queries.index={index}"]) for index in SLICES]
+        both = [ended(process, run, job) for process in processes]
+    if any(said.code != 0 for said in both) or both[-1].files != sound.files:
+        return "OTHER RESULT", "".join(said.err for said in both)
+    return "same result", ""
+
+
+SWEEPS = {
+    "side by side": ("method.epsilon=0.5,0.6,0.7",),
+    "slices side by side": ("method.epsilon=0.5", f"queries.index={','.join(SLICES)}"),
+}
+
+
+def sweep(runs: Runs, chance: random.Random, name: str, is_killed: bool) -> tuple[str, str]:
+    """Jobs that all need base losses which are not there; where one ``is_killed``, the sweep is typed again."""
+    job = sliced(RESCORE)
+    sound = runs.sound(job)
+    command = ["score", "-m", *SCORE, *SWEEPS[name], "hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]
     with runs.copy("digits") as run:
         shutil.rmtree(run / "score" / "_base")
-        process = start(run, SWEEP)
-        if name == "a worker killed":
+        process = start(run, command)
+        if is_killed:
             kill_holder(run, process)
-            said = ended(process, run, RESCORE)
+            said = ended(process, run, job)
             if not said.is_one_line:
                 return "CRASH", said.err
-            process = start(run, SWEEP)
-        said = ended(process, run, RESCORE)
+            process = start(run, command)
+        said = ended(process, run, job)
         if said.code != 0 or said.files != sound.files:
             return "OTHER RESULT", said.err
-        return ("one line" if name == "a worker killed" else "same result"), ""
+        return ("one line" if is_killed else "same result"), ""
 
 
 def kill_holder(run: Path, process: subprocess.Popen[str]) -> None:
@@ -409,13 +429,16 @@ def faults() -> dict[tuple[str, str], Fault]:
         found["upstream changed", name] = partial(upstream, name=name)
     for name in WRITERS:
         found["two processes at once", name] = partial(two_at_once, name=name)
-    for name in ("side by side", "a worker killed"):
-        found["sweep", name] = partial(sweep, name=name)
+    for name in ("unlearning", "scoring", "a race"):
+        found["two slices at once", name] = partial(two_slices, name=name)
+    for name in SWEEPS:
+        found["sweep", name] = partial(sweep, name=name, is_killed=False)
+        found["sweep, a worker killed", name] = partial(sweep, name=name, is_killed=True)
     return found
 
 
 GOOD = ("one line", "same result")
-SLOW = ("upstream changed", "two processes at once", "sweep")
+SLOW = ("upstream changed", "two processes at once", "two slices at once", "sweep", "sweep, a worker killed")
 """Faults whose trials take processes of their own, or redo a stage: a tenth as many."""
 
 
@@ -448,12 +471,11 @@ def main() -> None:
     for (what, kind), outcomes in found.items():
         good = [outcomes[name] for name in GOOD]
         table.add_row(what, kind, str(outcomes.total()), *map(str, good), str(outcomes.total() - sum(good)))
-    Console(stderr=True).print(table)
     total = sum(found.values(), Counter())
     bad = total.total() - sum(total[name] for name in GOOD)
     rows = {f"{what}: {kind}": dict(outcomes) for (what, kind), outcomes in found.items()}
     result = {"check": "faults", "seed": options.seed, "tries": total.total(), "bad": bad, "outcomes": rows}
-    print(json.dumps(result | {"seconds": round(time.perf_counter() - started)}))
+    print_result(result | {"seconds": round(time.perf_counter() - started)}, table)
     sys.exit(bool(bad))
 
 

@@ -1,8 +1,10 @@
 """Throws generated input at everything that reads a file from others, and wants a UserError or a result, never a crash.
 
-Metadata (CSV, JSON lines), manifests and run.json, the run's index, safetensors headers (our own reader and the
-library's), condition files, and the configurations of checkpoints. Half of the input is random, half a sound file that
-was changed. Prints one JSON object on stdout, a table on stderr; exit code 1 where something crashed.
+Metadata (CSV, JSON lines), captions, manifests and run.json, progress and logs of losses, the run's index, all that a
+report reads (scores, evaluations, ensembles), safetensors headers (our own reader and the library's), condition files,
+and the configurations of checkpoints. Half of the input is random, half a sound file that was changed
+(``fuzz_inputs.py``, ``fuzz_run.py``). Prints one JSON object on stdout, a table on stderr; exit code 1 where something
+crashed.
 
     python scripts/reliability/fuzz.py --inputs 10000
 """
@@ -10,7 +12,7 @@ was changed. Prints one JSON object on stdout, a table on stderr; exit code 1 wh
 import argparse
 import contextlib
 import copy
-import hashlib
+import io
 import json
 import sys
 import tempfile
@@ -25,129 +27,44 @@ import hypothesis.strategies as st
 import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from rich.console import Console
 from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.insert(0, str(Path(__file__).parent))
+from fuzz_inputs import DEEP, TEXT, VALUE, changed, damaged, flipped, header_bytes, json_bytes, lines
+from fuzz_run import FILES, HASH, INDEX, MANIFEST, data_manifest, names_of, outputs_of, runs
 from printing import print_result
 
 from mucs_cli.artifacts import read_tensors
 from mucs_cli.block_file import map_tensor
 from mucs_cli.config import PipelineConfig, validate
 from mucs_cli.data.conditions import ConditionFile
+from mucs_cli.data.huggingface import captions_of
 from mucs_cli.data.metadata import read_metadata
-from mucs_cli.data.record import COLUMNS, Record
+from mucs_cli.data.record import Record
 from mucs_cli.diffusion.pretrained import preconditioning_of
 from mucs_cli.diffusion.pretrained_files import find_checkpoint, find_weights, read_config
 from mucs_cli.errors import UserError
 from mucs_cli.records import sealed
 from mucs_cli.reporting.csv_rows import read_rows
+from mucs_cli.reporting.ensembles import ensemble_views
+from mucs_cli.reporting.evaluations import evaluation_views
+from mucs_cli.reporting.facts import fact_tables
 from mucs_cli.reporting.results import RunResults
 from mucs_cli.stage_folder import Stage, require_manifest
 from mucs_cli.stages.context import from_record, read_run_record
 from mucs_cli.stages.status import entries_of, table_of
+from mucs_cli.stages.unlearn import losses_in
 from mucs_cli.text import csv_cells, csv_text
-
-FILES = ["a/0.png", "a/1.png", "b,\n.png"]
-HASH = "0" * 64
-
-# --- input -----------------------------------------------------------------------------------------------------------
-
-TEXT = st.text(max_size=12) | st.sampled_from(
-    ["", "file_name", "../x", "/etc/passwd", "a/0.png", "=1+1", "\x1b[31m", "\r"]
-)
-SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.just(10**30)
-VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
-DEEP = st.integers(20, 3000).map(lambda depth: "[" * depth + "]" * depth)
-
-
-@st.composite
-def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
-    """The bytes with a few of them changed, cut out or put in."""
-    content = bytearray(sound)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(content) - 1)))
-        match draw(st.sampled_from(["flip", "cut", "insert", "repeat", "end"])):
-            case "flip" if content:
-                content[place] ^= 1 << draw(st.integers(0, 7))
-            case "cut":
-                del content[place : place + draw(st.integers(1, 40))]
-            case "insert":
-                content[place:place] = draw(st.binary(min_size=1, max_size=8))
-            case "repeat":
-                content[place:place] = content[place : place + draw(st.integers(1, 40))]
-            case "end":
-                del content[place:]
-    return bytes(content)
-
-
-def flipped(sound: bytes) -> st.SearchStrategy[bytes]:
-    """The bytes with one bit turned over."""
-
-    def flip(place: tuple[int, int]) -> bytes:
-        byte, bit = place
-        return sound[:byte] + bytes([sound[byte] ^ 1 << bit]) + sound[byte + 1 :]
-
-    return st.tuples(st.integers(0, len(sound) - 1), st.integers(0, 7)).map(flip)
-
-
-@st.composite
-def changed(draw: st.DrawFn, sound: Any) -> Any:
-    """A JSON value with one or two of its parts replaced by another value, or left out."""
-    value = copy.deepcopy(sound)
-    for _ in range(draw(st.integers(1, 2))):
-        node: Any = value
-        parents: list[tuple[Any, Any]] = []
-        while isinstance(node, dict | list) and node and (not parents or draw(st.booleans())):
-            key = draw(st.sampled_from(list(node) if isinstance(node, dict) else list(range(len(node)))))
-            parents.append((node, key))
-            node = node[key]
-        if not parents:
-            return draw(VALUE)
-        parent, key = parents[-1]
-        if draw(st.booleans()):
-            parent[key] = draw(VALUE)
-        else:
-            del parent[key]
-    return value
-
-
-def json_bytes(sound: Any) -> st.SearchStrategy[bytes]:
-    """A JSON file: changed, damaged, random, or nested without end; changed ones with a checksum that fits, or none."""
-
-    def seal(value: Any) -> Any:
-        return sealed(value) if isinstance(value, dict) else value
-
-    whole = json.dumps(seal(sound)).encode()
-    other = changed(sound)
-    return (
-        other.map(lambda value: json.dumps(value).encode())
-        | other.map(lambda value: json.dumps(seal(value)).encode())
-        | damaged(whole)
-        | flipped(whole)
-        | VALUE.map(lambda value: json.dumps(value).encode())
-        | DEEP.map(str.encode)
-        | st.binary(max_size=60)
-    )
-
-
-def header_bytes(sound: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
-    """A safetensors file with a changed header."""
-
-    def file(header: Any, extra: int = 0) -> bytes:
-        encoded = json.dumps(header).encode()
-        return (len(encoded) + extra).to_bytes(8, "little", signed=False) + encoded + data
-
-    return (
-        changed(sound).map(file)
-        | st.tuples(changed(sound), st.integers(0, 2**63)).map(lambda pair: file(*pair))
-        | damaged(file(sound))
-        | flipped(file(sound))
-        | DEEP.map(lambda text: len(text).to_bytes(8, "little") + text.encode())
-        | st.binary(max_size=60)
-    )
-
+from mucs_cli.tracking import PROGRESS, last_line
 
 # --- what reads it ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -186,12 +103,35 @@ def read_a_run(folder: Path, content: bytes) -> None:
     validate(from_record(record, copy.deepcopy(COMPOSED)), PipelineConfig)
 
 
-def read_a_status(folder: Path, content: bytes) -> None:
-    for path in ("run.json", "train/manifest.json", "score/\x1b[/x]/manifest.json", "score/[b]/state.json"):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    (folder / "score" / "[b]" / "x.journal").write_bytes(content)
-    table_of(folder, list(entries_of(folder)))
+def read_a_status(folder: Path, parts: tuple[bytes, bytes]) -> None:
+    """The table as it is printed, of stages that are done and of some that are not."""
+    record, progress = parts
+    for stage in ("train", "score/\x1b[/x]", "score/[b]", "evaluate/lds", "retrain/a"):
+        write(folder / stage / "manifest.json", record)
+    for stage in ("unlearn/mucs", "score/mucs", "report"):
+        write(folder / stage / "state.json", record)
+        write(folder / stage / PROGRESS, progress)
+    write(folder / "run.json", record)
+    write(folder / "score" / "mucs" / "x.journal", progress)
+    Console(file=io.StringIO(), width=160).print(table_of(folder, list(entries_of(folder))))
+
+
+def read_progress(folder: Path, content: bytes) -> None:
+    write(folder / PROGRESS, content)
+    assert isinstance(last_line(folder), dict)
+
+
+def read_losses(folder: Path, content: bytes) -> None:
+    """What is kept of a log of losses are whole lines of some queries."""
+    path = folder / "log.jsonl"
+    write(path, content)
+    for query, kept in losses_in(path, {0, 1}).items():
+        assert all(json.loads(line)["query"] == query for line in kept)
+
+
+def read_captions(folder: Path, value: Any) -> None:
+    captions = captions_of(value, "train[0]", "caption")
+    assert all(isinstance(captions[index % len(captions)], str) for index in range(5))
 
 
 def read_an_index(folder: Path, parts: tuple[bytes, bytes]) -> None:
@@ -206,11 +146,38 @@ def read_an_index(folder: Path, parts: tuple[bytes, bytes]) -> None:
         read_rows(folder / "data" / "index.csv", "train")
 
 
-def read_results(folder: Path, content: bytes) -> None:
-    for stage in ("data", "sample", "score/mucs"):
-        (folder / stage).mkdir(parents=True, exist_ok=True)
-        (folder / stage / "manifest.json").write_bytes(content)
-    RunResults(folder).pick_variant(None)
+def opened(folder: Path, files: dict[str, bytes]) -> RunResults:
+    """A finished run of these files."""
+    for name, content in files.items():
+        write(folder / name, content)
+    return RunResults(folder)
+
+
+def read_results(folder: Path, files: dict[str, bytes]) -> None:
+    """Rankings as ``mucs show`` and the report make them, and what stands beside them."""
+    results = opened(folder, files)
+    variant = results.pick_variant("mucs")
+    for query in variant.query_ids:
+        first = results.ranking(variant, query, 1)[0]
+        assert first.score == variant.scores_of(query).max()
+        assert first.example_id in range(len(results.index))
+        results.ranking(variant, query, 1, exclude_exact=True)
+        results.ranking(variant, query, 1, bottom=True)
+        results.query_metadata(query)
+        results.is_held_out(query)
+        variant.unlearning_of(query)
+    results.unscored(variant)
+    results.training_image(0)
+    assert results.near_duplicates is None or len(results.near_duplicates.distance) == len(results.queries)
+    fact_tables(results)
+
+
+def read_evaluations(folder: Path, files: dict[str, bytes]) -> None:
+    evaluation_views(opened(folder, files), images=True)
+
+
+def read_ensembles(folder: Path, files: dict[str, bytes]) -> None:
+    ensemble_views(opened(folder, files))
 
 
 def read_a_tensor(folder: Path, content: bytes) -> None:
@@ -265,41 +232,10 @@ RUN = {
     "experiment": None,
     "config": {k: v for k, v in COMPOSED.items() if k not in ("run", "device")},
 }
-MANIFEST = {
-    "stage": "score",
-    "status": "done",
-    "format_version": 1,
-    "config": {"a": 1},
-    "inputs": {"b": {"0": HASH}},
-    "queries": {"0": HASH},
-    "unlearn_variant": "mucs",
-    "counts": {"queries": 1},
-    "outputs": {"scores.safetensors": {"sha256": HASH, "bytes": 3}},
-    "versions": {"mucs": "0"},
-    "started": "2026-01-01T00:00:00+00:00",
-    "ended": "2026-01-01T00:00:01+00:00",
-    "seconds": 1.0,
-}
-INDEX = csv_text([[*COLUMNS, "artist"], *[[i, file, HASH, "training", "x"] for i, file in enumerate(FILES)]]).encode()
-
-
-def data_manifest(index: bytes) -> dict[str, Any]:
-    return {
-        "format_version": 1,
-        "config": {"data": {}},
-        "source": {"folder": None, "state": "", "condition_state": ""},
-        "fingerprint": HASH,
-        "facts": {"name": "x"},
-        "levels": 255,
-        "class_names": [],
-        "label_column": None,
-        "skipped": [],
-        "outputs": {"index.csv": {"sha256": hashlib.sha256(index).hexdigest(), "bytes": len(index)}},
-    }
 
 
 def with_manifest(index: bytes) -> st.SearchStrategy[tuple[bytes, bytes]]:
-    sound = sealed(data_manifest(index))
+    sound = sealed(data_manifest(outputs_of({"index.csv": index})))
     return st.tuples(st.just(index), st.just(json.dumps(sound).encode()) | json_bytes(sound))
 
 
@@ -326,6 +262,17 @@ def tables(draw: st.DrawFn) -> bytes:
     return csv_text([["file_name", *names], *rows]).encode("utf-8", "replace")
 
 
+PROGRESS_LINE = {
+    "time": "2026-01-01T00:00:00+00:00",
+    "title": "score",
+    "done": 1,
+    "total": 9,
+    "unit": "blocks",
+    "rate": None,
+}
+LOSS_LINE = {"query": 0, "step": 1, "retain_loss": 0.5, "forget_loss": 0.5}
+
+
 LINE = changed({"file_name": "a/0.png", "x": {"y": [1]}}).map(lambda row: json.dumps(row).encode())
 DEEP_LINE = DEEP.map(lambda text: f'{{"file_name": "a/0.png", "x": {text}}}'.encode())
 TARGETS = {
@@ -333,8 +280,13 @@ TARGETS = {
     "metadata.jsonl": Target(damaged(JSON_LINES) | LINE | DEEP_LINE, read_table("metadata.jsonl")),
     "manifest.json": Target(json_bytes(MANIFEST), read_a_manifest),
     "run.json": Target(json_bytes(RUN), read_a_run),
-    "status": Target(json_bytes(MANIFEST), read_a_status),
-    "results": Target(json_bytes(MANIFEST), read_results),
+    "status": Target(st.tuples(json_bytes(MANIFEST), lines(PROGRESS_LINE)), read_a_status),
+    "progress.jsonl": Target(lines(PROGRESS_LINE), read_progress),
+    "log.jsonl": Target(lines(LOSS_LINE), read_losses),
+    "captions": Target(VALUE | st.lists(TEXT, max_size=3), read_captions),
+    "results": Target(runs(names_of("data", "sample", "unlearn/mucs", "score/mucs")), read_results),
+    "evaluations": Target(runs(names_of("evaluate/lds")), read_evaluations),
+    "ensembles": Target(runs(["score/both/members.json", "score/both/manifest.json"]), read_ensembles),
     "index.csv": Target((damaged(INDEX) | st.just(INDEX)).flatmap(with_manifest), read_an_index),
     "safetensors": Target(header_bytes(CONDITIONS, b"\0" * 24) | damaged(SAVED) | flipped(SAVED), read_a_tensor),
     "conditions": Target(header_bytes(CONDITIONS, b"\0" * 24) | damaged(SAVED) | flipped(SAVED), read_conditions),

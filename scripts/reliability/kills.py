@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from printing import print_result
 
 UNLEARNING = [
     "unlearning.max_steps=30",
@@ -285,11 +285,7 @@ def main() -> int:
     print(f"seed {seed}", file=sys.stderr)
     names = list(COMMANDS)
     result = run_kills(arguments.kills, seed, names[: names.index(arguments.only or names[-1]) + 1])
-    table = Table("figure", "value")
-    for key, value in result.items():
-        table.add_row(key, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
-    Console(stderr=True).print(table)
-    print(json.dumps(result))
+    print_result(result)
     return 1 if result["differing_files"] else 0
 
 
