@@ -14,6 +14,7 @@ from commands import fails
 from mucs_cli.attribution.unlearning import UnlearningStep
 from mucs_cli.data.metadata import read_metadata
 from mucs_cli.errors import UserError
+from mucs_cli.locks import lock_path, locked
 from mucs_cli.stages.unlearner import Unlearner
 
 
@@ -25,40 +26,26 @@ def descendants(pid: int) -> list[int]:
     return [*children, *(below for child in children for below in descendants(child))]
 
 
-def reads(pid: int, path: Path) -> bool:
+def has_open(pid: int, path: Path) -> bool:
     try:
         return any(os.readlink(link) == str(path) for link in Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
         return False
 
 
-def writer_of(pipe: Path, process: subprocess.Popen[str]) -> int:
-    """An open end of a pipe, as soon as another process reads it."""
-    limit = time.monotonic() + 60
-    while True:
-        assert process.poll() is None and time.monotonic() < limit
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            time.sleep(0.02)
-
-
 def test_a_worker_of_a_sweep_that_is_killed_ends_the_sweep_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        os.mkfifo(tmp_path / name / "run.json")  # which a job reads without end
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    command = [sys.executable, "-m", "mucs_cli", "status", "-m", "run=a,b", *launcher]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    pipe = tmp_path / "a" / "run.json"
-    end = writer_of(pipe, process)
-    while not (workers := [pid for pid in descendants(process.pid) if reads(pid, pipe)]):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(workers[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    os.close(end)
+    command = [sys.executable, "-m", "mucs_cli", "train", "-m", "experiment=digits", "run=a,b", *launcher]
+    with locked(tmp_path / "a" / "data"):  # for which a job waits
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not (
+            workers := [pid for pid in descendants(process.pid) if has_open(pid, lock_path(tmp_path / "a" / "data"))]
+        ):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(workers[0], signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("mucs: error: ")]
     assert line.startswith("mucs: error: hydra.launcher: a worker process has died")

@@ -14,9 +14,11 @@ RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 @pytest.fixture(autouse=True)
 def unchanged_handlers() -> Iterator[None]:
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = [signal.getsignal(number) for number in RAISED]
     yield
     assert [signal.getsignal(number) for number in RAISED] == before
+    signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.parametrize("number", RAISED)
