@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mucs_cli import processes
-from mucs_cli.artifacts import fingerprint, read_kept, write_tensors
+from mucs_cli.artifacts import fingerprint, read_kept, read_tensors, write_tensors
 from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.attribution.skew import mean_over_draws
@@ -110,7 +110,7 @@ class Races:
         """query -> its ``result``."""
         # a rehearsal leaves the loop early, and needs no scores
         nothing = {"score": torch.zeros(self.work.num_images), "draws": torch.zeros(self.work.num_images).int()}
-        return {query: self.result(query) or nothing for query in queries}
+        return {query: read_tensors(self._path(query)) if self._path(query).exists() else nothing for query in queries}
 
     def typical_evaluations(self) -> float:
         """Of a race: the mean of those that are finished, or a guess, which the digits and photographs come up to."""
