@@ -197,6 +197,7 @@ def run_application(command: str, flags: list[str], typed: list[str]) -> None:
 
     try:
         if folders or any(override.key_or_group == "hydra.searchpath" for override in parsed):
+            user_files.refuse_copies(folders)
             check_folders(command, flags, parsed, groups)
         hydra_main(command, [*flags, *recorded, *typed], task)
     except UserError:

@@ -4,10 +4,11 @@ A record holds, as its last key, a checksum of everything else: a flipped byte w
 One without a checksum is of an earlier version, and taken as it is. Nothing here imports torch.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +31,27 @@ def read_json(path: Path) -> Any:
         return json.loads(read_regular(path))
     except (ValueError, OSError, RecursionError) as error:
         raise DamagedError(str(path), f"cannot be read as JSON ({error}). Delete it and rerun its stage.") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, command: str) -> Iterator[None]:
+    """Blames a file of another form than mucs writes where reading it goes wrong.
+
+    Around code that only reads: whatever goes wrong elsewhere is no fault of the file.
+
+    Args:
+        path: the file.
+        command: what writes it, for the message.
+    Raises:
+        DamagedError: in place of what a missing key or a value of another kind raises.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedError(
+            str(path),
+            f"is not as mucs writes it ({type(error).__name__}: {error}). Rerun mucs {command} with overwrite=true.",
+        ) from error
 
 
 def checksum(record: Mapping[str, Any]) -> str:
@@ -91,11 +113,29 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Part(dict[str, Any]):
+    """A manifest, or a mapping in one: a part that is asked for and missing is damage of the file, not a KeyError."""
+
+    def __init__(self, items: Mapping[str, Any], path: Path):
+        super().__init__({key: Part(item, path) if isinstance(item, dict) else item for key, item in items.items()})
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise DamagedError(
+            str(self.path),
+            f"has no {key!r} where mucs writes one. Restore it from a copy; or delete it and rerun its stage.",
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Part, (dict(self), self.path)
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """A stage's manifest or state: a record whose parts, as far as there are any, have the form ``Stage`` gives them.
 
     Raises:
-        UserError: as ``read_record``; or a part has another form, or an output is not in the stage's folder.
+        UserError: as ``read_record``; or a part has another form, or an output is not in the stage's folder. Later too,
+            where a part is asked for by ``[]`` that is not there.
     """
     record = read_record(path)
     for part, form in FORMS.items():
@@ -103,11 +143,34 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise DamagedError(
                 str(path), f"got {part} of another form than mucs writes. Delete it and rerun its stage."
             )
-    return record
+    return Part(record, path)
+
+
+def is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def is_text_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+    return is_mapping(value) and is_text_list(list(value.values()))
+
+
+def is_text_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 1."""
+    return type(value) is int and value > 0
+
+
+def are_sections(value: Any) -> bool:
+    """A stage's configuration; what is a group of keys, and is asked for one, is a mapping."""
+    return is_mapping(value) and all(is_mapping(value[name]) for name in SECTIONS if name in value)
+
+
+def are_skipped(value: Any) -> bool:
+    """Files that could not be read."""
+    return isinstance(value, list) and all(is_mapping(item) and isinstance(item.get("file"), str) for item in value)
 
 
 def are_inputs(value: Any) -> bool:
@@ -149,7 +212,7 @@ def are_outputs(value: Any) -> bool:
         is_below(name)
         and isinstance(entry, dict)
         and isinstance(entry.get("sha256"), str)
-        and isinstance(entry.get("bytes", 0), int)
+        and type(entry.get("bytes")) is int
         for name, entry in value.items()
     )
 
@@ -165,16 +228,27 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and len(PurePosixPath(value).parts) == 1 and is_below(value)
 
 
+SECTIONS = ("data", "training", "method", "evaluation")
 FORMS = {
-    "config": lambda value: isinstance(value, dict),
+    "config": are_sections,
     "inputs": are_inputs,
     "queries": are_queries,
     "outputs": are_outputs,
     "results": are_results,
     "versions": is_text_mapping,
-    "counts": lambda value: isinstance(value, dict),
+    "counts": is_mapping,
     "seconds": is_duration,
     "ended": lambda value: isinstance(value, str),
     "unlearn_variant": is_name,
+    "null_loss": lambda value: isinstance(value, int | float | None),
+    "top_k": is_count,
+    "source": is_mapping,
+    "facts": is_mapping,
+    "fingerprint": lambda value: isinstance(value, str) and value != "",
+    "levels": is_count,
+    "num_training": is_count,
+    "class_names": is_text_list,
+    "label_column": lambda value: isinstance(value, str | None),
+    "skipped": are_skipped,
 }
 """Part of a manifest -> whether a value has its form."""

@@ -5,8 +5,9 @@ What is typed is the user's own; a file may not run code, choose what programs l
 """
 
 import itertools
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import ListConfig, OmegaConf
 
 from mucs_cli.errors import UserError
+from mucs_cli.files import read_regular
 from mucs_cli.interpolations import children, fault, fault_of_text
 
 HYDRAS_OWN = {
@@ -51,6 +53,8 @@ CLOSED_TO_FILES: dict[str, Any] = {
 }
 """Settings of launchers and sweepers that start programs or write anywhere, with their harmless values."""
 
+MOST_VALUES = 100_000
+"""Of a configuration file, with its aliases written out."""
 SWEPT = ("hydra.sweeper.params", "hydra.sweeper.search_space")
 """Overrides of a sweep's jobs: key -> values."""
 ALLOWED_REFERENCE = re.compile(r"\$\{(?!\s*hydra\.(?!launcher|sweeper))")
@@ -87,8 +91,13 @@ def typed_of_hydra(overrides: list[Override]) -> list[str]:
 def searched_folders(overrides: list[Override]) -> list[Path]:
     """The folders of a typed ``hydra.searchpath``."""
     typed = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath" and not o.is_sweep_override()]
-    places = [str(place) for value in typed for place in (value if isinstance(value, list) else [value])]
-    return [Path(place.removeprefix("file://")) for place in places]
+    places = [place for value in typed for place in (value if isinstance(value, list) else [value])]
+    return list(map(folder_of, places))
+
+
+def folder_of(place: Any) -> Path:
+    """The folder of a place in ``hydra.searchpath``."""
+    return Path(str(place).removeprefix("file://"))
 
 
 # --- packages --------------------------------------------------------------------------------------------------------
@@ -108,7 +117,8 @@ def refuse_packages(searchpath: Any, where: str) -> None:
 
 
 def refuse_packages_of_files(command: str, flags: list[str], folders: list[Path]) -> None:
-    """``refuse_packages`` of what the user's own primary configuration says, before Hydra goes there."""
+    """``refuse_packages`` and ``refuse_copies`` of what the user's own primary configuration says, before Hydra goes
+    there."""
     names = [value for flag, value in itertools.pairwise(flags) if flag in ("-cn", "--config-name")]
     name = (names[-1] if names else command).removesuffix(".yaml")
     for path in (folder / f"{name}.yaml" for folder in folders):
@@ -118,7 +128,9 @@ def refuse_packages_of_files(command: str, flags: list[str], folders: list[Path]
             searchpath = place.get("hydra", {}) if isinstance(place, dict) else {}
             if (wrong := fault(searchpath)) is not None:
                 raise UserError("hydra.searchpath", f"{path} gives it {wrong[1]}, which can run code. Leave it out.")
-            refuse_packages(OmegaConf.select(content, "hydra.searchpath") or [], str(path))
+            places = OmegaConf.select(content, "hydra.searchpath") or []
+            refuse_packages(places, str(path))
+            refuse_copies(map(folder_of, places if isinstance(places, ListConfig) else [places]))
 
 
 # --- what a file says ------------------------------------------------------------------------------------------------
@@ -207,13 +219,55 @@ def refuse_swept_files(hydra: Mapping[str, Any], folder: str, groups: Collection
 # --- files that cannot be read ---------------------------------------------------------------------------------------
 
 
+def refuse_copies(folders: Iterable[Path]) -> None:
+    """Refuses a file that is short but holds very much: each alias (``*name``) can double what it names.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for path in yaml_files(folders):
+        try:
+            text = read_regular(path)
+            root = yaml.compose(text, Loader=yaml.SafeLoader) if b"&" in text and b"*" in text else None
+        except (OSError, ValueError, yaml.YAMLError):  # Hydra says what is wrong with it, where it is used
+            continue
+        if root is not None and num_values(root, {}) > MOST_VALUES:
+            raise UserError(
+                str(path), f"its aliases stand for more than {MOST_VALUES:,} values, or for themselves. Write it out."
+            )
+
+
+def num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node is with its aliases written out; more than there can be where it is in itself."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
+        known[id(node)] = 1 + sum(num_values(part, known) for part in nodes)
+    return known[id(node)]
+
+
+def yaml_files(folders: Iterable[Path]) -> Iterator[Path]:
+    """The configuration files in folders, sorted; those behind links too, each once."""
+    seen: set[Path] = set()
+    for folder in folders:
+        for place, inner, files in os.walk(folder, followlinks=True):
+            here = Path(place).resolve()
+            if here in seen:
+                inner.clear()
+                continue
+            seen.add(here)
+            inner.sort()
+            yield from (Path(place) / name for name in sorted(files) if name.endswith(".yaml"))
+
+
 def unreadable(error: Exception, folders: list[Path]) -> UserError:
     """One line for a file that is no text, or nested too deep for its reader."""
     if isinstance(error, RecursionError):
         return UserError("configuration", "a file is nested too deep, or refers to itself. Correct it.")
-    for path in sorted(path for folder in folders for path in folder.rglob("*.yaml") if path.is_file()):
+    for path in yaml_files(folders):
         try:
-            path.read_text(encoding="utf-8")
+            read_regular(path).decode()
         except UnicodeDecodeError as wrong:
             return UserError(str(path), f"is not UTF-8 ({wrong.reason} at byte {wrong.start}). Save it as UTF-8.")
         except OSError:

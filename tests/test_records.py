@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import threading
 import time
@@ -75,6 +76,12 @@ def test_a_record_reads_back_without_its_checksum_and_one_of_an_earlier_version_
         ("unlearn_variant", "../../elsewhere"),
         ("unlearn_variant", "a/b"),
         ("seconds", "long"),
+        ("config", {"method": "mucs"}),
+        ("levels", 0),
+        ("class_names", [1]),
+        ("skipped", ["a.png"]),
+        ("top_k", "36"),
+        ("outputs", {"x": {"sha256": "a"}}),
     ],
 )
 def test_a_manifest_of_another_form_or_that_leads_out_of_its_folder_is_refused(
@@ -83,6 +90,17 @@ def test_a_manifest_of_another_form_or_that_leads_out_of_its_folder_is_refused(
     write_record(tmp_path / "manifest.json", RECORD | {part: value})
     with pytest.raises(UserError, match=f"got {part} of another form"):
         read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_part_of_a_manifest_that_is_asked_for_and_missing_is_named(tmp_path: Path) -> None:
+    write_record(tmp_path / "manifest.json", RECORD)
+    found = read_manifest(tmp_path / "manifest.json")
+    assert found == RECORD
+    assert pickle.loads(pickle.dumps(found)) == RECORD
+    for ask in (lambda: found["inputs"], lambda: found["config"]["method"], lambda: found["outputs"]["y"]["sha256"]):
+        with pytest.raises(DamagedError, match=r"manifest\.json: has no '(inputs|method|y)' where mucs writes one"):
+            ask()
+    assert found.get("inputs") is None
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "5", '{"a": ' * 60 + "1" + "}" * 60, "\x00", ""])

@@ -21,14 +21,7 @@ def load(name: str) -> ModuleType:
 fuzz, faults = load("fuzz"), load("faults")
 
 
-CRASHING = ("results", "ensembles")
-"""Their readers are being mended: a target that passes has to leave this list."""
-MENDING = pytest.mark.xfail(strict=True, reason="crashes that the fuzzer has found")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=MENDING if name in CRASHING else ()) for name in fuzz.TARGETS]
-)
+@pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_every_parser_reads_or_refuses_whatever_it_is_given(name: str) -> None:
     outcome = fuzz.run_target(name, 40)
     assert outcome.total() >= 20

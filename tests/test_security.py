@@ -169,6 +169,34 @@ def test_a_reference_in_a_users_file_names_its_resolver(
     assert main(["train", "-cd", "conf", "experiment=mine", "--cfg", "job"]) == 0
 
 
+BOMB = "\n".join([f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" if n else "a0: &a0 [x]" for n in range(12)])
+
+
+@pytest.mark.parametrize("content", [BOMB, "zz: &zz {a: 1, b: *zz}"])
+@pytest.mark.parametrize("way", ["-cd", "searchpath", "searchpath of a file"])
+def test_a_short_file_that_holds_very_much_is_refused_before_it_is_loaded(
+    content: str, way: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\nrun: r\n{content}\n")
+    ways = {
+        "-cd": ["-cd", "conf", "experiment=mine"],
+        "searchpath": [f"hydra.searchpath=[{here}/conf]", "experiment=mine"],
+        "searchpath of a file": ["-cp", "primary", "-cn", "mine"],
+    }
+    (here / "primary").mkdir()
+    primary = f"defaults: [train, {{override experiment: mine}}, _self_]\nhydra: {{searchpath: ['file://{here}/conf']}}\n"
+    (here / "primary" / "mine.yaml").write_text(primary)
+    line = fails(capsys, "train", *ways[way])
+    assert line.startswith(f"mucs: error: {here}/conf/experiment/mine.yaml: its aliases stand for more than 100,000")
+
+
+def test_an_alias_in_a_users_file_is_read(here: Path) -> None:
+    (here / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nrun: r\nseed: &seed 7\ntraining: {num_steps: *seed}\n"
+    )
+    assert main(["train", "-cd", "conf", "experiment=mine", "--cfg", "job"]) == 0
+
+
 def test_a_launchers_shell_commands_do_not_come_from_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the launcher for clusters")
     for setting, key in (("setup: [touch acted]", "setup"), ('partition: "a\\ntouch acted"', "partition")):

@@ -380,7 +380,7 @@ def captions_of(value: Any, file: str, column: str) -> Sequence[str]:
     Raises:
         UserError: there is none, or it is no text.
     """
-    captions = [value] if isinstance(value, str) else value
+    captions = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     if not captions or not all(isinstance(caption, str) for caption in captions):
         text = json.dumps(value, default=str)[:60]
         raise UserError(file, f"got {text} in column {column}; expected a caption, or a list of them. Correct the row.")

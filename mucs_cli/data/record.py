@@ -17,8 +17,6 @@ INDEX = "index.csv"
 CACHE = "images.safetensors"
 CONDITIONS = "conditions.safetensors"
 COLUMNS = ("example_id", "file", "sha256", "split")
-REQUIRED = ("source", "fingerprint", "facts", "levels", "class_names", "label_column", "skipped", "outputs")
-"""Parts of the manifest without which the data cannot be told."""
 ADVICE = "Use another run=, or overwrite=true to take the data as they are now."
 
 
@@ -78,9 +76,6 @@ class Record:
     def read(cls, folder: Path) -> "Record":
         """Raises MismatchError where ``index.csv`` is not the one that was written, UserError where it is no index."""
         manifest = read_manifest(folder / "manifest.json")
-        missing = [key for key in REQUIRED if key not in manifest]
-        if missing:
-            raise UserError(str(folder / "manifest.json"), f"has no {missing[0]}. {ADVICE}")
         check_output(folder, manifest, INDEX)
         columns = read_index(folder / INDEX)
         training = [index for index, part in enumerate(columns["split"]) if part == "training"]

@@ -1,10 +1,12 @@
 """Ensembles of a run: their members, and how much these agree."""
 
 import itertools
-import json
 from dataclasses import dataclass
+from typing import Any
 
-from mucs_cli.artifacts import read_file
+from mucs_cli.artifacts import check_file
+from mucs_cli.errors import DamagedError
+from mucs_cli.records import is_text_list, read_json
 from mucs_cli.reporting.results import RunResults
 
 MEMBERS = "members.json"
@@ -53,12 +55,18 @@ def ensemble_views(results: RunResults) -> list[EnsembleView]:
     for variant in results.variants:
         if MEMBERS not in variant.manifest["outputs"]:
             continue
-        found = json.loads(read_file(results.run / "score" / variant.name, variant.manifest, MEMBERS))
+        folder = results.run / "score" / variant.name
+        check_file(folder, variant.manifest, MEMBERS)
+        found = read_json(folder / MEMBERS)
+        if not is_diversity(found):
+            raise DamagedError(
+                str(folder / MEMBERS), "is not as mucs writes it. Rerun mucs score method=ensemble with overwrite=true."
+            )
         names = found["members"]
         views.append(
             EnsembleView(
                 variant.name,
-                variant.manifest["config"]["method"].get("combine", ""),
+                str(variant.manifest["config"]["method"].get("combine", "")),
                 list(zip(names, found["weights"], strict=True)),
                 len(found["queries"]),
                 found["k"],
@@ -70,3 +78,31 @@ def ensemble_views(results: RunResults) -> list[EnsembleView]:
             )
         )
     return views
+
+
+def is_diversity(found: Any) -> bool:
+    """Whether a JSON value is a ``members.json``."""
+    if not isinstance(found, dict) or not is_text_list(found.get("members")):
+        return False
+    count = len(found["members"])
+    return (
+        is_row(found.get("weights"), count)
+        and isinstance(found.get("queries"), list)
+        and type(found.get("k")) is int
+        and is_number(found.get("expected_top_k_overlap"))
+        and all(is_square(found.get(name), count) for name in ("spearman", "top_k_overlap"))
+    )
+
+
+def is_square(value: Any, count: int) -> bool:
+    """Whether a value has a row of numbers a member, a number or None each."""
+    return isinstance(value, list) and len(value) == count and all(is_row(row, count, or_none=True) for row in value)
+
+
+def is_row(value: Any, count: int, or_none: bool = False) -> bool:
+    allowed = isinstance(value, list) and all(is_number(item) or (or_none and item is None) for item in value)
+    return allowed and len(value) == count
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)

@@ -132,7 +132,7 @@ def read_table(folder: Path, manifest: dict[str, Any]) -> tuple[Table, list[list
     try:
         table = as_table(without_legend(markdown[0]), rows)
         shape = [len(table.columns)] * len(table.rows)
-    except (IndexError, TypeError, ValueError):  # no title, or a bound that is no number
+    except (IndexError, ValueError):  # no title, or a bound that is no number
         shape = None
     if shape is None or [len(row) for row in marks] != shape:
         raise DamagedError(
@@ -196,7 +196,11 @@ def score_sha256(folder: Path) -> str | None:
 
 
 def as_table(title: str, rows: Sequence[dict[str, str]]) -> Table:
-    """A table of results from the rows of its CSV: ``x``, ``x_low``, ``x_high`` are one estimate again."""
+    """A table of results from the rows of its CSV: ``x``, ``x_low``, ``x_high`` are one estimate again.
+
+    Raises:
+        ValueError: one of these is no number.
+    """
     names = list(rows[0]) if rows else []
     estimates = {name for name in names if all(name + bound in names for bound in BOUNDS)}
     columns = [name for name in names if not any(name == other + bound for other in estimates for bound in BOUNDS)]
@@ -204,7 +208,9 @@ def as_table(title: str, rows: Sequence[dict[str, str]]) -> Table:
     shown: list[Sequence[Cell]] = []
     for column in columns:
         if column in estimates:
-            numbers_of = (cells[column + end] for end in ("", *BOUNDS))
+            numbers_of = [cells[column + end] for end in ("", *BOUNDS)]
+            if any(isinstance(cell, str) for cells_of in numbers_of for cell in cells_of):
+                raise ValueError(f"an estimate of {column} is no number")
             shown.append([Estimate(*values) for values in zip(*numbers_of, strict=True)])
         else:
             shown.append(cells[column])

@@ -17,12 +17,13 @@ from torch import Tensor
 from mucs_cli.artifacts import check_file, fingerprint, read_tensors
 from mucs_cli.block_file import map_tensor
 from mucs_cli.data.record import COLUMNS, INDEX, read_index
-from mucs_cli.errors import DamagedError, UserError, did_you_mean
+from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.evaluation.measures.near_duplicates import NearDuplicates, near_duplicates
 from mucs_cli.records import is_query, read_manifest
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import generator
 from mucs_cli.stage_folder import require_manifest
+from mucs_cli.tensor_forms import IMAGE_FORMS, SAMPLE_FORMS, SCORE_FORMS, require_forms
 
 QUERY_COLUMNS = ("query", "file")
 """Columns of sample/queries.csv that are not the metadata of the queries' folder."""
@@ -126,7 +127,6 @@ class RunResults:
             raise UserError("run", f"got {run}; expected the folder of a finished run. Make one: mucs run run={run}")
         self.run = run
         self.data = require_manifest(run / "data", "train")
-        self._check_data()
         self.sample = require_manifest(run / "sample", "sample")
         self.train = optional_manifest(run / "train")
         folders = [path for path in sorted((run / "score").glob("*/")) if not path.name.startswith("_")]
@@ -142,16 +142,6 @@ class RunResults:
         """Name -> manifest of the finished ones."""
         self.unfinished_evaluations = [name for name in found if name not in self.evaluations]
         self._variants: dict[str, Variant] = {}
-
-    def _check_data(self) -> None:
-        """Raises UserError where the data's manifest lacks what every reader of scores asks for."""
-        for part, kind in (("fingerprint", str), ("levels", int)):
-            if type(self.data.get(part)) is not kind or not self.data[part]:
-                raise DamagedError(
-                    str(self.run / "data" / "manifest.json"),
-                    f"got {part} {self.data.get(part)!r}, which mucs does not write. Use another run=, or rerun mucs "
-                    "train with overwrite=true.",
-                )
 
     # --- variants ----------------------------------------------------------------------------------------------------
 
@@ -170,6 +160,7 @@ class RunResults:
             folder = self.run / "score" / name
             manifest = require_manifest(folder, "score")
             tensors = read_output(folder, manifest, "scores.safetensors")
+            require_forms(folder / "scores.safetensors", tensors, SCORE_FORMS, "score")
             unlearned = manifest.get("unlearn_variant")
             self._variants[name] = Variant(
                 name,
@@ -246,7 +237,9 @@ class RunResults:
         """
         path = self.run / "data" / "images.safetensors"
         check_file(path.parent, self.data, path.name)
-        return map_tensor(path, "image")
+        image = map_tensor(path, "image")
+        require_forms(path, {"image": image}, IMAGE_FORMS, "train", N=len(self.index))
+        return image
 
     @property
     def levels(self) -> int:
@@ -255,7 +248,9 @@ class RunResults:
 
     @cached_property
     def samples(self) -> dict[str, Tensor]:
-        return read_output(self.run / "sample", self.sample, "samples.safetensors")
+        tensors = read_output(self.run / "sample", self.sample, "samples.safetensors")
+        require_forms(self.run / "sample" / "samples.safetensors", tensors, SAMPLE_FORMS, "sample")
+        return tensors
 
     @property
     def queries(self) -> NDArray[np.float32]:
@@ -296,10 +291,11 @@ class RunResults:
 
     @cached_property
     def near_duplicates(self) -> NearDuplicates | None:
-        """For each query its nearest training image; None where queries and images are of different shapes."""
-        if self.queries.shape[1:] != self.images.shape[1:]:
-            return None
+        """For each query its nearest training image; None where queries and images are of different shapes, or no
+        image is of training."""
         trained = np.array([i for i, row in enumerate(self.index) if row["split"] == TRAINED], np.int64)
+        if self.queries.shape[1:] != self.images.shape[1:] or not len(trained):
+            return None
         return near_duplicates(
             self.queries, self.images, self.levels, trained, generator(REFERENCE_SEED, "near_duplicates")
         )

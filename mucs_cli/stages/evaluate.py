@@ -1,14 +1,13 @@
 """``mucs evaluate``: judges and compares finished scores, by the evaluation that the configuration names."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from mucs_cli import processes
-from mucs_cli.artifacts import read_file, write_json, write_text
+from mucs_cli.artifacts import check_file, write_json, write_text
 from mucs_cli.evaluation import EVALUATIONS
-from mucs_cli.records import read_manifest
+from mucs_cli.records import read_json, read_manifest, reading
 from mucs_cli.rehearsal import StagePlan
 from mucs_cli.reporting.charts import write_chart
 from mucs_cli.reporting.tables import print_table, to_csv, to_latex, to_markdown
@@ -57,8 +56,11 @@ def finish(evaluator: Evaluator, stage: Stage, facts: dict[str, Any]) -> None:
 
 def print_results(evaluator: Evaluator, folder: Path) -> None:
     """The table of the finished results."""
-    results = json.loads(read_file(folder, require_manifest(folder, "evaluate"), RESULTS))
-    print_table(evaluator.table(results), sys.stdout)
+    check_file(folder, require_manifest(folder, "evaluate"), RESULTS)
+    path = folder / RESULTS
+    with reading(path, "evaluate"):
+        table = evaluator.table(read_json(path))
+    print_table(table, sys.stdout)
 
 
 def write_results(evaluator: Evaluator, results: dict[str, Any], folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.reporting.results import variant_order
 from mucs_cli.runtime import log
 from mucs_cli.stage_folder import command_hint, require_manifest
+from mucs_cli.tensor_forms import SCORE_FORMS, require_forms
 
 SCORES = "scores.safetensors"
 
@@ -173,7 +174,8 @@ class ScoreFiles:
                     f"got scores of another {what} ({str(scored)[:16]}) than the run has ({str(ours)[:16]}). "
                     "Rerun mucs score with overwrite=true.",
                 )
-        score = map_tensor(path, "score")
+        found = {tensor: map_tensor(path, tensor) for tensor in SCORE_FORMS}
+        require_forms(path, found, SCORE_FORMS, "score", Q=len(known), N=self.num_images)
         return FinishedScores(
-            name, path, manifest, score, map_tensor(path, "query_id").tolist(), np.array(map_tensor(path, "example_id"))
+            name, path, manifest, found["score"], found["query_id"].tolist(), np.array(found["example_id"])
         )

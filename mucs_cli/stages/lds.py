@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mucs_cli.artifacts import fingerprint, read_kept, read_tensors, sha256_file, write_tensors
 from mucs_cli.diffusion.denoiser import Denoiser
-from mucs_cli.errors import UserError
+from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.evaluation.measures.lds import (
     averaged,
     ceiling,
@@ -30,7 +30,7 @@ from mucs_cli.evaluation.measures.lds import (
     weighted_mean,
 )
 from mucs_cli.evaluation.measures.statistics import CONFIDENCE, Floats
-from mucs_cli.records import read_json
+from mucs_cli.records import read_json, reading
 from mucs_cli.reporting.charts import Bars, interval_bars
 from mucs_cli.reporting.tables import Estimate, Table, cell_text, heading, leaves_out_zero, marked
 from mucs_cli.rng import generator
@@ -41,12 +41,14 @@ from mucs_cli.stages.finished import SCORES, ScoreFiles
 from mucs_cli.stages.loading import ROLES, load_queries
 from mucs_cli.stages.pooled_runs import missing_in, other_runs, require_output
 from mucs_cli.stages.retraining import Retraining
+from mucs_cli.tensor_forms import require_forms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEASUREMENT_BATCH = 256
 SUBSETS = "subsets.safetensors"
+COMMAND = "evaluate evaluation=lds"
 PREDICTED = "predicted/"
 """In ``subsets.safetensors``, before the name of a variant."""
 
@@ -76,14 +78,24 @@ def read_rows(folder: Path, manifest: dict[str, Any], variants: Sequence[str]) -
     Raises:
         UserError: a variant is missing, or a file is not the one that its manifest names.
     """
-    tensors = read_tensors(require_output(folder, manifest, SUBSETS))
-    entries = read_json(require_output(folder, manifest, RESULTS))["queries"]
+    path = require_output(folder, manifest, SUBSETS)
+    tensors = read_tensors(path)
     for name in variants:
         if PREDICTED + name not in tensors:
             raise missing_in(folder.parent.parent, name)
+    forms = {"loss": "float64 S Q M", "query_id": "int64 Q"} | {PREDICTED + name: "float64 Q M" for name in variants}
+    require_forms(path, tensors, forms, COMMAND)
     predicted = {name: tensors[PREDICTED + name].numpy() for name in variants}
     rows = Rows(tensors["query_id"].tolist(), predicted, tensors["loss"].numpy())
-    return rows, {kind: entry["ids"] for kind, entry in entries.items()}
+    path = require_output(folder, manifest, RESULTS)
+    with reading(path, COMMAND):
+        kinds = {
+            str(kind): [int(query) for query in entry["ids"]] for kind, entry in read_json(path)["queries"].items()
+        }
+    unknown = sorted({query for ids in kinds.values() for query in ids} - set(rows.queries))
+    if unknown:
+        raise DamagedError(str(path), f"got query {unknown[0]}, which {SUBSETS} has not. Rerun mucs {COMMAND}.")
+    return rows, kinds
 
 
 class LdsEvaluator(RetrainingEvaluator):

@@ -27,6 +27,7 @@ from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, Pretr
 from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import encode_dataset
+from mucs_cli.tensor_forms import SAMPLE_FORMS, require_forms
 
 if TYPE_CHECKING:  # diffusers takes seconds to import its networks
     from mucs_cli.diffusion.latent import LatentCodec
@@ -381,9 +382,10 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
             f"got queries of the model {sampled_from[:16]}; the run's model is {model.fingerprint[:16]}. "
             f"Rerun mucs sample with overwrite=true, or use another run=.",
         )
-    sha256 = manifest["outputs"]["samples.safetensors"]["sha256"]
-    tensors = read_tensors(folder / "samples.safetensors", sha256)
+    path = folder / "samples.safetensors"
+    tensors = read_tensors(path, manifest["outputs"][path.name]["sha256"])
     fingerprints = {int(query): print_ for query, print_ in manifest["queries"].items()}
+    require_forms(path, tensors, SAMPLE_FORMS, "sample", Q=len(fingerprints))
     selected = chosen_queries(context.config.queries.index, len(fingerprints))
     image = tensors["image"]
     picture, condition, role = tensors.get("picture", image), tensors.get("condition"), tensors["role"].tolist()

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mucs_cli.artifacts import sha256_file, write_text
+from mucs_cli.artifacts import check_file, write_text
 from mucs_cli.config import result_config
 from mucs_cli.errors import UserError
 from mucs_cli.evaluation.measures.counterfactual import Similarities
 from mucs_cli.files import user_path
-from mucs_cli.records import flatten, read_json
+from mucs_cli.records import flatten, read_json, reading
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.stage_folder import first_difference, require_manifest
 from mucs_cli.stages.context import Context
@@ -22,6 +22,7 @@ from mucs_cli.stages.evaluator import RESULTS
 from mucs_cli.text import csv_text
 
 RUNS = "evaluation.runs"
+COMMAND = "evaluate evaluation=counterfactual"
 SIMILARITIES = "similarities.csv"
 COLUMNS = ("seed", "role", "picture", "method", "metric", "value")
 TARGET, CONTROL = "target", "control"
@@ -104,12 +105,8 @@ def other_runs(
 
 def require_output(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
     """The file, which is checked to be the one that the evaluation wrote."""
-    path = folder / name
-    if not path.exists() or sha256_file(path) != manifest["outputs"].get(name, {}).get("sha256"):
-        raise UserError(
-            str(path), "is not the file its manifest names (SHA-256 differs). Evaluate that run with overwrite=true."
-        )
-    return path
+    check_file(folder, manifest, name)
+    return folder / name
 
 
 def missing_in(run: Path, method: str, where: str = "") -> UserError:
@@ -123,7 +120,7 @@ def missing_in(run: Path, method: str, where: str = "") -> UserError:
 def settings_of(run: Path, methods: Sequence[str], evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What decides an evaluation of a run, but for seeds; dotted key -> value."""
     found = flatten({"evaluation": evaluation})
-    found.pop("evaluation.variants")  # of which only those named here are pooled
+    found.pop("evaluation.variants", None)  # of which only those named here are pooled
     for stage in ("train", "sample"):
         found |= flatten(require_manifest(run / stage, stage)["config"])
     for method in methods:
@@ -146,9 +143,10 @@ def read_samples(folder: Path, manifest: Mapping[str, Any], methods: Sequence[st
     """
     path = require_output(folder, manifest, SIMILARITIES)
     columns: dict[Key, list[tuple[int, int, float]]] = {}
-    for row in read_rows(path, "evaluate"):
-        key = (row["method"], row["metric"], row["role"])
-        columns.setdefault(key, []).append((int(row["seed"]), int(row["picture"]), float(row["value"])))
+    with reading(path, COMMAND):
+        for row in read_rows(path, COMMAND):
+            key = (row["method"], row["metric"], row["role"])
+            columns.setdefault(key, []).append((int(row["seed"]), int(row["picture"]), float(row["value"])))
     samples = {}
     for key, rows in columns.items():
         seed, picture, value = zip(*rows, strict=True)
@@ -157,9 +155,9 @@ def read_samples(folder: Path, manifest: Mapping[str, Any], methods: Sequence[st
         if (method, metric, TARGET) not in samples:
             raise missing_in(folder.parent.parent, method, f" under {metric}")
     count = len({seed for rows in columns.values() for seed, _, _ in rows})
-    removed = {
-        name: sizes[:count] for name, sizes in read_json(require_output(folder, manifest, RESULTS))["removed"].items()
-    }
+    path = require_output(folder, manifest, RESULTS)
+    with reading(path, COMMAND):
+        removed = {str(name): list(map(int, sizes[:count])) for name, sizes in read_json(path)["removed"].items()}
     return Pooled(samples, removed)
 
 

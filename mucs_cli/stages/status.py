@@ -8,7 +8,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,12 @@ def entries_of(run: Path) -> Iterator[Entry]:
     yield entry_of(run, run / "sample", [])
     for folder in unlearned or [run / "unlearn"]:
         if folder.name.startswith("_"):
-            yield from (entry_of(run, kept, again_of(kept)) for kept in sorted(folder.glob("*/")))
+            yield from (shared_entry(run, kept) for kept in sorted(folder.glob("*/")))
         else:
             yield entry_of(run, folder, [])
     yield entry_of(run, run / "noise_bank", [])
     for folder in shared:
-        yield entry_of(run, folder, again_of(folder))
+        yield shared_entry(run, folder)
     for folder in variants or [run / "score"]:
         yield entry_of(run, folder, [])
     if (run / "retrain").is_dir():
@@ -97,9 +97,15 @@ def entries_of(run: Path) -> Iterator[Entry]:
     yield entry_of(run, run / "report", [])
 
 
-def again_of(folder: Path) -> list[Path]:
-    """What can be computed again of a folder beside the variants: what they have in common, but no slices of them."""
-    return [] if folder.parent.name == SLICES else [folder]
+def shared_entry(run: Path, folder: Path) -> Entry:
+    """A folder beside the variants: what they have in common, or a slice of one, which can go once that has it all."""
+    if folder.parent.name != SLICES:
+        return entry_of(run, folder, [folder])
+    entry = entry_of(run, folder, [])
+    whole = read(folder.parent.parent / folder.name.rpartition("__")[0] / "manifest.json").get("queries", {})
+    wanted = (read(folder / "manifest.json") or read(folder / "state.json")).get("queries", {})
+    has_all = bool(wanted) and wanted.items() <= whole.items() and not leads_away(run, folder)
+    return replace(entry, cleanable=(folder,) if has_all else ())
 
 
 def is_pretrained(run: Path) -> bool:

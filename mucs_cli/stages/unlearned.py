@@ -77,7 +77,7 @@ class UnlearnedModels:
     def per_pass(self, queries: Sequence[int], budget: float) -> int:
         """How many of the models fit into ``budget`` GiB, at least one."""
         largest = max(int(self._output(query)["bytes"]) for query in queries)
-        return max(1, min(len(queries), int(budget * 2**30 / largest)))
+        return max(1, min(len(queries), int(budget * 2**30 / max(largest, 1))))
 
     def _output(self, query: int) -> dict[str, str]:
         record: dict[str, str] = self.manifest["outputs"][query_file(self.folder, query).name]

@@ -1,9 +1,10 @@
 """Retrieval of planted causes when only the last blocks of a network unlearn, against its preset, with times.
 
 Ten handwritten digits stand on their heads, which no other image does; each is a query, and eight noisy copies of each,
-half of them moved by a pixel, are planted among the 1,797 digits. A DiT of three blocks learns them all without being
-told classes. Then every query is unlearned in the last 1, 2 or all 3 blocks, or as unlearning.trainable=auto does, and
-all images are scored. Prints one JSON object on stdout, a table on stderr. The trained model is kept below --folder.
+half of them moved by a pixel, are planted among the 1,797 digits. A DiT of six blocks learns them all without being
+told classes. Then every query is unlearned in the last 1, 2, half or all blocks, or as unlearning.trainable=auto does,
+and all images are scored. Prints one JSON object on stdout, a table on stderr. The trained model is kept below
+--folder.
 
     python scripts/bench/blocks.py [--draws 20] [--steps 3000] [--folder outputs/bench]
 """
@@ -18,12 +19,15 @@ from PIL import Image
 from printing import print_result
 from sklearn.datasets import load_digits
 
-NUM_QUERIES, NUM_COPIES, DEPTH = 10, 8, 3
+NUM_QUERIES, NUM_COPIES, DEPTH = 10, 8, 6
 NOISE = 1.5
 """Standard deviation of the noise on a copy, in the digits' 17 shades."""
 CHOICES = {
     "auto": [],
-    **{f"last_{n}": ["unlearning.trainable=last_blocks", f"unlearning.num_blocks={n}"] for n in range(1, DEPTH + 1)},
+    **{
+        f"last_{count}": ["unlearning.trainable=last_blocks", f"unlearning.num_blocks={count}"]
+        for count in (1, 2, DEPTH // 2, DEPTH)
+    },
 }
 
 
@@ -63,7 +67,8 @@ def main() -> None:
     if not (folder / "queries").exists():
         write_pictures(folder)
     data = ["data=image_folder", f"data.path={folder / 'data'}", "queries=folder", f"queries.path={folder / 'queries'}"]
-    model = ["model=dit", "model.size=tiny", "model.dropout=0", "model.conditional=false", "diffusion=edm_auto"]
+    model = ["model=dit", "model.size=tiny", f"model.num_layers={DEPTH}", "model.dropout=0", "model.conditional=false"]
+    model += ["diffusion=edm_auto"]
     training = [f"training.num_steps={arguments.steps}", "training.batch_size=128", "training.learning_rate=4e-3"]
     training += ["training.warmup_steps=200", "training.decay=cosine", "training.ema_decay=0.999"]
     mucs("run", *data, *model, *training, f"run={run}", "device=cpu", "stages=[train,sample]")

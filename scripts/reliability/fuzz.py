@@ -54,6 +54,7 @@ from mucs_cli.reporting.facts import fact_tables
 from mucs_cli.reporting.results import RunResults
 from mucs_cli.stage_folder import Stage, require_manifest
 from mucs_cli.stages.context import from_record, read_run_record
+from mucs_cli.stages.finished import ScoreFiles
 from mucs_cli.stages.status import entries_of, table_of
 from mucs_cli.stages.unlearn import losses_in
 from mucs_cli.text import csv_cells, csv_text
@@ -172,6 +173,16 @@ def read_results(folder: Path, files: dict[str, bytes]) -> None:
     fact_tables(results)
 
 
+def read_finished(folder: Path, files: dict[str, bytes]) -> None:
+    """Scores as an evaluation or an ensemble takes them."""
+    for name, content in files.items():
+        write(folder / name, content)
+    scores = ScoreFiles(folder, "evaluation.variants")
+    for name in scores.choose_exact(None):
+        found = scores.read(name)
+        assert found.rows(found.query_ids).shape == (len(found.query_ids), scores.num_images)
+
+
 def read_evaluations(folder: Path, files: dict[str, bytes]) -> None:
     evaluation_views(opened(folder, files), images=True)
 
@@ -285,6 +296,7 @@ TARGETS = {
     "log.jsonl": Target(lines(LOSS_LINE), read_losses),
     "captions": Target(VALUE | st.lists(TEXT, max_size=3), read_captions),
     "results": Target(runs(names_of("data", "sample", "unlearn/mucs", "score/mucs")), read_results),
+    "scores": Target(runs(names_of("data", "sample", "score/mucs")), read_finished),
     "evaluations": Target(runs(names_of("evaluate/lds")), read_evaluations),
     "ensembles": Target(runs(["score/both/members.json", "score/both/manifest.json"]), read_ensembles),
     "index.csv": Target((damaged(INDEX) | st.just(INDEX)).flatmap(with_manifest), read_an_index),

@@ -49,6 +49,7 @@ def data_manifest(outputs: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": HASH,
         "facts": {"name": "x"},
         "levels": 255,
+        "num_training": 3,
         "class_names": [],
         "label_column": None,
         "skipped": [],
@@ -91,13 +92,13 @@ RUN_FILES = {
 }
 FACTS_OF_STAGES = {
     "data": data_manifest({}),
-    "sample": {"queries": {"0": HASH, "1": HASH}},
+    "sample": {"queries": {"0": HASH, "1": HASH}, "inputs": {"model": HASH}},
     "unlearn/mucs": {"null_loss": 0.5, "results": [{"query": 0, "num_steps": 2, "reached_bound": None}]},
-    "score/mucs": {"queries": {"0": HASH, "1": HASH}, "inputs": {"dataset": HASH}},
-    "score/pixel": {"queries": {"0": HASH, "1": HASH}, "inputs": {"dataset": HASH}, "top_k": 2},
+    "score/mucs": {"queries": {"0": HASH, "1": HASH}, "inputs": {"dataset": HASH, "model": HASH}},
+    "score/pixel": {"queries": {"0": HASH, "1": HASH}, "inputs": {"dataset": HASH, "model": HASH}, "top_k": 2},
     "score/both": {
         "queries": {"0": HASH, "1": HASH},
-        "inputs": {"dataset": HASH},
+        "inputs": {"dataset": HASH, "model": HASH},
         "config": {"method": {"combine": "z_mean"}},
     },
     "evaluate/lds": {

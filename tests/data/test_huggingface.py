@@ -508,7 +508,7 @@ def test_code_that_a_text_model_brings_is_not_run_whatever_the_user_would_say_to
     assert not (tmp_path / "acted").exists()
 
 
-@pytest.mark.parametrize("value", [[], None, [None]])
+@pytest.mark.parametrize("value", [[], None, [None], True, 5, {"a": "b"}])
 def test_a_picture_without_a_caption_is_refused_by_name(value: object) -> None:
     with pytest.raises(
         UserError, match=r"^train\[3\]: got .* in column captions; expected a caption, or a list of them"

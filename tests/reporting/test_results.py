@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from reporting_runs import RunBuilder
 
 from mucs_cli.artifacts import read_tensors, sha256_file, write_record, write_tensors
@@ -158,6 +159,7 @@ def changed(folder: Path, **parts: object) -> None:
         ("table.md", "title\n\n| variant |\n| :-- |\n| mucs |\n"),
         ("table.csv", "variant,auc,auc_low,auc_high\n"),
         ("table.csv", "variant,queries,auc,auc_low,auc_high,expected\nmucs,3,0.66,0.5,0.75,0.5\n"),
+        ("table.csv", "variant,queries,auc,auc_low,auc_high\nmucs,3,0.66,0.10.1,0.75\n"),
     ],
 )
 def test_a_table_that_does_not_fit_its_other_form_is_refused(finished: RunBuilder, name: str, content: str) -> None:
@@ -173,8 +175,41 @@ def test_a_table_that_does_not_fit_its_other_form_is_refused(finished: RunBuilde
 @pytest.mark.parametrize("part", ["fingerprint", "levels"])
 def test_data_without_what_scores_are_compared_by_are_refused(finished: RunBuilder, part: str) -> None:
     changed(finished.run / "data", **{part: None})
-    with pytest.raises(UserError, match=rf"data/manifest\.json: got {part} None"):
-        RunResults(finished.run)
+    results = RunResults(finished.run)
+    with pytest.raises(UserError, match=rf"data/manifest\.json: has no '{part}' where mucs writes one"):
+        _ = results.variants, results.levels
+
+
+def replaced(run: RunBuilder, folder: str, file: str, **tensors: torch.Tensor | None) -> None:
+    """Other tensors in a file of a stage, whose manifest has the right hash; None takes one away."""
+    path = run.run / folder / file
+    found = read_tensors(path) | tensors
+    write_tensors(path, {name: tensor for name, tensor in found.items() if tensor is not None})
+    outputs = read_record(path.parent / "manifest.json")["outputs"]
+    changed(path.parent, outputs=outputs | {file: {"sha256": sha256_file(path), "bytes": 1}})
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "tensors", "got"),
+    [
+        ("score/mucs", "scores.safetensors", {"score": None}, "got none for 'score'; expected float32 Q N"),
+        ("score/mucs", "scores.safetensors", {"score": torch.zeros(3, 60).double()}, r"got float64 \[3, 60\] for"),
+        ("score/mucs", "scores.safetensors", {"example_id": torch.arange(59)}, "expected int64 N with N = 60"),
+        ("score/mucs", "scores.safetensors", {"query_id": torch.zeros(3, 1).long()}, "expected int64 Q with Q = 3"),
+        ("sample", "samples.safetensors", {"image": torch.zeros(3, 8, 8)}, "expected float32 Q C H W"),
+        ("sample", "samples.safetensors", {"role": torch.zeros(2).long()}, "expected int64 Q with Q = 3"),
+        ("data", "images.safetensors", {"image": torch.zeros(9, 1, 8, 8).byte()}, "float32|N = 60"),
+        ("data", "images.safetensors", {"image": torch.zeros(60, 1, 8, 0).byte()}, r"got uint8 \[60, 1, 8, 0\]"),
+    ],
+)
+def test_tensors_of_another_form_are_refused_though_their_hash_is_right(
+    finished: RunBuilder, folder: str, file: str, tensors: dict[str, torch.Tensor | None], got: str
+) -> None:
+    replaced(finished, folder, file, **tensors)
+    results = RunResults(finished.run)
+    with pytest.raises(UserError, match=got) as caught:
+        _ = results.variants, results.samples, results.images
+    assert caught.value.subject == str(finished.run / folder / file)
 
 
 @pytest.mark.parametrize("name", ["example_id", "query_id"])

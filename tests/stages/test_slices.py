@@ -165,3 +165,20 @@ def test_slices_that_overwrite_keep_each_other(run: Path, whole: Path) -> None:
     for index in (FIRST, SECOND):
         mucs("run", f"run={run}", *BOTH, index, "overwrite=true")
     assert_whole(run, other, "unlearn", "score")
+
+
+def test_a_slice_that_was_given_up_can_be_cleaned_once_the_variant_has_its_queries(
+    run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_after(patched, mirrored, "unlearn", 1, Killed)
+        stop(Killed, "unlearn", f"run={run}", *UNLEARN, FIRST)
+    locks.release_all()
+    mucs("status", f"run={run}", "clean=true")
+    (left,) = (run / "unlearn" / "_slices").glob("[!.]*")
+    assert (left / "state.json").exists()
+    mucs("run", f"run={run}", *BOTH)
+    mucs("status", f"run={run}", "clean=true")
+    assert "that can be computed again" in capsys.readouterr().out
+    assert not left.exists()
+    assert_whole(run, whole, "unlearn")
