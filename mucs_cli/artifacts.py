@@ -51,9 +51,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(str(path), f"cannot be written ({error}). Choose another run=, or free the disk.") from error
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(
+                str(path), f"cannot be written ({error}). Choose another run=, or free the disk."
+            ) from error
+        raise
 
 
 def sync(path: Path) -> None:
@@ -150,8 +154,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     except Exception as error:  # the library meets damaged headers with errors of many kinds
         raise DamagedError(str(path), f"is truncated or no safetensors file ({error}). {REDO}") from error
     if sha256 is not None:
-        if sha256_file(path) != sha256:
-            raise DamagedError(str(path), f"is not the file its manifest names (SHA-256 differs). {REDO}")
+        check_hash(path, sha256)
     elif checksum is not None and checksum != tensor_checksum(tensors):
         raise DamagedError(str(path), f"is damaged (its checksum differs). {REDO}")
     return tensors
@@ -191,7 +194,14 @@ def check_file(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
     path = folder / name
     if not path.is_file():
         raise DamagedError(str(path), f"not found; {folder / 'manifest.json'} names it. {REDO}")
-    if not is_intact(folder, manifest, name):
+    check_hash(path, manifest.get("outputs", {}).get(name, {}).get("sha256"))
+
+
+def check_hash(path: Path, sha256: str | None) -> None:
+    """Raises UserError where a file is not there, or has another hash."""
+    if not path.is_file():
+        raise DamagedError(str(path), f"not found; a manifest names it. {REDO}")
+    if sha256_file(path) != sha256:
         raise DamagedError(str(path), f"is not the file its manifest names (SHA-256 differs). {REDO}")
 
 
@@ -201,6 +211,11 @@ def check_file(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a manifest records of a file."""
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,11 +1,12 @@
 """Safetensors files that are filled block by block, and tensors that are memory-mapped instead of loaded."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,14 @@ from torch import Tensor
 from mucs_cli.artifacts import REDO, sync
 from mucs_cli.errors import UserError
 
-SAFETENSORS_DTYPE = {"float32": "F32", "float64": "F64", "int64": "I64", "int16": "I16", "uint8": "U8"}
+SAFETENSORS_DTYPE = {
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "uint8": "U8",
+}
 NUMPY_DTYPE = {code: name for name, code in SAFETENSORS_DTYPE.items()}
 TENSOR_ENTRY = ("dtype", "shape", "data_offsets")
 LARGEST_HEADER = 100_000_000
@@ -36,7 +44,7 @@ class BlockFile:
 
     Args:
         path: the finished file.
-        tensors: name -> (dtype, shape), dtype a NumPy name ("float32", "int64", "int16", "uint8").
+        tensors: name -> (dtype, shape), dtype one of ``SAFETENSORS_DTYPE``.
         identity: what is being written; a partial file of another identity is started afresh.
     """
 
@@ -146,6 +154,15 @@ def map_tensor(path: Path, name: str, writable: bool = False) -> np.memmap:
         raise UserError(
             str(path), f"cannot be read ({reason}); expected a safetensors file with {name!r}. {REDO}"
         ) from error
+
+
+def map_tensors(path: Path, names: Sequence[str]) -> dict[str, np.memmap]:
+    """``map_tensor`` of several; of a name that ends with ``?`` where the file has it."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(*([UserError] if name.endswith("?") else [])):
+            found[name.removesuffix("?")] = map_tensor(path, name.removesuffix("?"))
+    return found
 
 
 def locate(path: Path, name: str) -> tuple[str, int, tuple[int, ...]]:

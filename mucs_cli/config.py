@@ -77,6 +77,13 @@ class RootConfig:
 class PipelineConfig(RootConfig):
     seed: int = option(0, "seed of everything that has no seed of its own")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), affects_result=False)
+    threads: int | None = option(
+        None,
+        "CPU threads of a process, which change results by rounding; null: as the run's first command, which took the "
+        "cores or OMP_NUM_THREADS",
+        minimum=1,
+        affects_result=False,
+    )
     speed: str = option(
         "faithful",
         "faithful: scores as the paper's; fast: the same highest ones at a fraction of the cost (score.mode=adaptive)",

@@ -5,6 +5,7 @@ that ends. The file names the holder; it is there only while the folder is held,
 """
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -120,13 +121,21 @@ def acquire(folder: Path, wait: bool) -> bool:
             except BaseException:
                 os.close(descriptor)
                 raise
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            warn_of_no_locks(str(error.strerror))
         if is_current(descriptor, path):
             write_holder(descriptor)
             _held[path, threading.get_ident()] = descriptor
             return True
         os.close(descriptor)  # the holder gave it back and took the file away
+
+
+@functools.cache
+def warn_of_no_locks(reason: str) -> None:
+    """Says, once a process, that nothing keeps two commands apart."""
+    log.warning(
+        "the run's file system has no locks (%s): start no two commands on one run at once, nor jobs of a sweep", reason
+    )
 
 
 def is_current(descriptor: int, path: Path) -> bool:

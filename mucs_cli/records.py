@@ -126,6 +126,9 @@ class Part(dict[str, Any]):
             f"has no {key!r} where mucs writes one. Restore it from a copy; or delete it and rerun its stage.",
         )
 
+    def __or__(self, other: Any) -> "Part":  # type: ignore[override]
+        return Part({**self, **other}, self.path)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Part, (dict(self), self.path)
 

@@ -6,6 +6,7 @@ what the folder is being filled with. Nothing here knows what a stage computes.
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from mucs_cli import locks, processes
 from mucs_cli.artifacts import (
     REDO,
     empty,
+    entry_of,
     fingerprint,
     is_fingerprint,
     is_intact,
@@ -29,7 +31,7 @@ from mucs_cli.artifacts import (
 )
 from mucs_cli.block_file import journal_of
 from mucs_cli.errors import DamagedError, UserError
-from mucs_cli.records import FORMAT_VERSION, SLICES, flatten, read_manifest
+from mucs_cli.records import FORMAT_VERSION, SLICES, Part, flatten, read_manifest
 
 log = logging.getLogger("mucs")
 RECORDED = ("stage", "status", "format_version", "config", "inputs", "queries", "outputs", "versions")
@@ -150,7 +152,8 @@ class Stage:
             UserError: it holds another result, finished or not, or a damaged one, and may not be overwritten; or it is
                 to be overwritten and another process is at it.
         """
-        done, self.previous = processes.on_first(lambda: (self._is_done(claim, wait), self.previous))
+        done, previous = processes.on_first(lambda: (self._is_done(claim, wait), self.previous))
+        self.previous = Part(previous, self.folder / "manifest.json")
         return done
 
     def _is_done(self, claim: bool, wait: bool) -> bool:
@@ -293,21 +296,39 @@ class Stage:
         record = {"stage": self.command, "status": "running", **self.identity, "queries": self._attempted}
         write_record(path, record)
 
-    def finish(self, facts: Mapping[str, Any], outputs: Sequence[Path], seconds: float | None = None) -> dict[str, Any]:
+    def finish(
+        self,
+        facts: Mapping[str, Any],
+        outputs: Sequence[Path],
+        seconds: float | None = None,
+        entries: Mapping[str, Mapping[str, Any]] | None = None,
+        spent: Sequence[Path] = (),
+    ) -> dict[str, Any]:
         """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
 
         Args:
             facts: what else to record (counts, seeds, device, ...).
             outputs: files to record with their SHA-256 and size.
             seconds: that it took; None: since this object was made.
+            entries: the records of outputs that were made earlier, by name: what has happened to these since is found
+                when they are read.
+            spent: folders that an unfinished attempt would have gone on from; they are deleted.
         """
-        return processes.on_first(lambda: self._finish(facts, outputs, seconds))
+        return processes.on_first(lambda: self._finish(facts, outputs, seconds, entries or {}, spent))
 
-    def _finish(self, facts: Mapping[str, Any], outputs: Sequence[Path], seconds: float | None) -> dict[str, Any]:
+    def _finish(
+        self,
+        facts: Mapping[str, Any],
+        outputs: Sequence[Path],
+        seconds: float | None,
+        entries: Mapping[str, Mapping[str, Any]],
+        spent: Sequence[Path],
+    ) -> dict[str, Any]:
         queries = self.known_queries() | {query: mine for query, mine in (self.queries or {}).items() if mine}
         known = per_query(self.previous)
         inputs = self.identity.get("inputs", {})
         merged = {name: known.get(name, {}) | mapping for name, mapping in per_query(self.identity).items()}
+        names = [path.relative_to(self.folder).as_posix() for path in outputs]
         manifest = {
             "stage": self.command,
             "status": "done",
@@ -316,10 +337,7 @@ class Stage:
             "inputs": inputs | merged,
             **({} if self.queries is None else {"queries": {str(query): queries[query] for query in sorted(queries)}}),
             **facts,
-            "outputs": {
-                path.relative_to(self.folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-                for path in outputs
-            },
+            "outputs": {name: entries.get(name) or entry_of(self.folder / name) for name in names},
             "versions": versions(),
             "started": self.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -331,6 +349,8 @@ class Stage:
         for path in outputs:
             journal_of(path).unlink(missing_ok=True)
             kept_aside(path).unlink(missing_ok=True)
+        for folder in spent:
+            shutil.rmtree(folder, ignore_errors=True)
         locks.release(self.folder)
         return manifest
 

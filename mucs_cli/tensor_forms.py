@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mucs_cli.errors import DamagedError
 
-SCORE_FORMS = {"score": "float32 Q N", "query_id": "int64 Q", "example_id": "int64 N"}
+SCORE_FORMS = {"score": "float32 Q N", "query_id": "int64 Q", "example_id": "int64 N", "draws?": "int32 Q N"}
 SAMPLE_FORMS = {
     "image": "float32 Q C H W",
     "picture?": "float32 Q c h w",

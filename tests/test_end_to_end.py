@@ -303,6 +303,23 @@ def test_scoring_goes_on_with_a_smaller_block_after_running_out_of_memory(
     torch.testing.assert_close(scores_of(run)["score"], scores_of(finished)["score"], rtol=0, atol=5e-6)
 
 
+def test_a_command_may_take_other_threads_and_the_run_keeps_its_own(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "score")
+    own, before = json.loads((run / "machine.json").read_text())["threads"], torch.get_num_threads()
+    try:
+        mucs("score", f"run={run}", *SCORE, f"threads={own + 1}")
+        assert torch.get_num_threads() == own + 1
+        assert f"using {own + 1} threads; the run's first stage used {own}" in capsys.readouterr().err
+        mucs("score", f"run={run}", *SCORE, "method=random")
+        assert torch.get_num_threads() == json.loads((run / "machine.json").read_text())["threads"] == own
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(scores_of(run)["score"], scores_of(finished)["score"], rtol=0, atol=5e-6)
+
+
 def test_a_query_that_misses_the_bound_is_reported_and_kept(finished: Path) -> None:
     manifest = json.loads((finished / "unlearn" / VARIANT / "manifest.json").read_text())
     assert [query["reached_bound"] for query in manifest["results"]] == [False] * NUM_QUERIES

@@ -1,5 +1,6 @@
 """Locks: one holder at a time, named to whoever waits, and free again when its process ends, however that ends."""
 
+import errno
 import json
 import logging
 import os
@@ -128,3 +129,18 @@ def test_a_lock_is_no_way_to_write_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train: cannot be written"), locks.locked(tmp_path / "train"):
         pass
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_said_once(
+    tmp_path: Path, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    locks.warn_of_no_locks.cache_clear()
+    for name in "ab":
+        with locks.locked(tmp_path / name) as is_ours:
+            assert is_ours
+    assert [record.levelname for record in heard.records] == ["WARNING"]
+    assert "the run's file system has no locks (No locks available)" in heard.text

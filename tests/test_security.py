@@ -184,7 +184,9 @@ def test_a_short_file_that_holds_very_much_is_refused_before_it_is_loaded(
         "searchpath of a file": ["-cp", "primary", "-cn", "mine"],
     }
     (here / "primary").mkdir()
-    primary = f"defaults: [train, {{override experiment: mine}}, _self_]\nhydra: {{searchpath: ['file://{here}/conf']}}\n"
+    primary = (
+        f"defaults: [train, {{override experiment: mine}}, _self_]\nhydra: {{searchpath: ['file://{here}/conf']}}\n"
+    )
     (here / "primary" / "mine.yaml").write_text(primary)
     line = fails(capsys, "train", *ways[way])
     assert line.startswith(f"mucs: error: {here}/conf/experiment/mine.yaml: its aliases stand for more than 100,000")

@@ -145,11 +145,14 @@ def choose_block_size(
     bank: NoiseBank,
     num_images: int,
     candidates: Sequence[int] = (64, 128, 256, 384, 512, 768, 1024),
+    smaller: Sequence[int] = (32, 16),
     seconds: float = 0.25,
 ) -> int:
     """Times forward passes of a few block sizes and returns the one that gets through ``num_images`` fastest.
 
-    Each candidate is fitted to the number of images, so that padding is counted as the cost that it is.
+    Each candidate is fitted to the number of images, so that padding is counted as the cost that it is. Where a pass
+    takes long, larger ones win nothing, as what a call costs apart from its images no longer counts, and smaller ones
+    may fit a cache.
 
     Args:
         denoiser: the base model.
@@ -157,11 +160,12 @@ def choose_block_size(
         condition: their conditions.
         bank: a noise bank; its first draws are used.
         num_images: how many images will be scored.
-        candidates: block sizes to try.
-        seconds: time spent on each.
+        candidates: block sizes to try, in ascending order, until a pass takes four times ``seconds``.
+        smaller: others to try where a pass of the first one takes more than ``seconds``.
+        seconds: time spent on each, at least one pass.
     """
-    best, best_time = GRANULE, math.inf
-    for size in dict.fromkeys(fitted_block_size(num_images, candidate) for candidate in candidates):
+
+    def pass_seconds(size: int) -> float:
         rows = torch.arange(size) % len(image)
         block, block_condition = image[rows], None if condition is None else condition[rows]
         fastest, spent = math.inf, 0.0
@@ -172,10 +176,17 @@ def choose_block_size(
             bank_losses(denoiser, block, block_condition, draw)
             took = time.perf_counter() - start
             fastest, spent = min(fastest, took), spent + took
-        total = fastest * math.ceil(num_images / size)
-        if total < best_time:
-            best, best_time = size, total
-    return best
+        return fastest
+
+    found: dict[int, float] = {}
+    for size in dict.fromkeys(fitted_block_size(num_images, candidate) for candidate in candidates):
+        found[size] = pass_seconds(size)
+        if found[size] > 4 * seconds:
+            break
+    first = next(iter(found))
+    if found[first] > seconds:
+        found |= {size: pass_seconds(size) for size in smaller if size < first}
+    return min(found, key=lambda size: found[size] * math.ceil(num_images / size))
 
 
 def fitted_block_size(num_images: int, candidate: int) -> int:

@@ -363,8 +363,8 @@ def _unlearn(
             for run in runs:
                 run.result.reached_bound = run.result.log[-1].forget_loss >= settings.tolerance * settings.bound
             going = [row for row, run in enumerate(runs) if not run.result.reached_bound and step < limit]
-            if checkpoints is not None and 0 < len(going) < len(runs):
-                checkpoints.save()
+            if checkpoints is not None and 1 < len(runs) > len(going):
+                checkpoints.save()  # before the first of a stack is done: the others are stepped beside it once more
             yield from _finished(models, runs, [row for row in range(len(runs)) if row not in going], memory)
             if not going:
                 return
@@ -382,6 +382,8 @@ def _unlearn(
                     run.result.num_steps += 1
         if checkpoints is not None:
             checkpoints.save_if_due()
+    if checkpoints is not None and len(runs) > 1:
+        checkpoints.save()
     yield from _finished(models, runs, range(len(runs)), memory)
 
 

@@ -18,6 +18,7 @@ from mucs_cli import processes
 from mucs_cli.artifacts import fingerprint
 from mucs_cli.attribution.scoring import Block
 from mucs_cli.block_file import BlockFile, map_tensor
+from mucs_cli.errors import DamagedError
 from mucs_cli.runtime import REHEARSED_SECONDS, Progress, is_out_of_memory
 from mucs_cli.stage_folder import Stage
 
@@ -91,7 +92,9 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
     while True:
         blocks = work.blocks() if work.passes else []
         size = blocks[0].size if blocks else 0
-        file = BlockFile(path, work.tensors, f"{identity}/{size}") if processes.is_first() else None
+        # blocks are numbered pass by pass: other passes are other blocks
+        passes = fingerprint([list(part) for part in work.passes])
+        file = BlockFile(path, work.tensors, f"{identity}/{size}/{passes}") if processes.is_first() else None
         if file is not None:
             work.begin(file.arrays)
         done = set(processes.on_first(partial(sorted, file.done if file is not None else ())))
@@ -104,6 +107,7 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
                 for p, part in enumerate(work.passes):
                     if not todo[p]:
                         continue
+                    loaded = None  # the last pass's are to go before the next ones come
                     with progress.setup():
                         loaded = within_memory(partial(work.load, part))
                     for start in range(0, len(todo[p]), processes.count()):
@@ -152,7 +156,7 @@ def within_memory(compute: Callable[[], T]) -> T:
 # --- what several variants share -------------------------------------------------------------------------------------
 
 
-def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.ndarray | None:
+def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.memmap | None:
     """A tensor that ``kept_tensor`` left, memory-mapped; None where it is not there, or is damaged.
 
     Args:
@@ -165,7 +169,7 @@ def find_kept(path: Path, name: str, inputs: Mapping[str, Any]) -> np.ndarray | 
 
 def kept_tensor(
     path: Path, name: str, inputs: Mapping[str, Any], work: BlockWork, facts: Mapping[str, Any] | None = None
-) -> np.ndarray:
+) -> np.memmap:
     """A tensor over all training images, memory-mapped: as it was left, or computed and left for other variants.
 
     Where another process is computing it, for another variant perhaps, it is waited for.
@@ -180,7 +184,12 @@ def kept_tensor(
         stage.begin()
         fill_file(path, fingerprint(inputs), work)
         stage.finish({"counts": {"images": work.tensors[name][1][0]}, **(facts or {})}, [path])
-    return map_tensor(path, name)
+    found, (dtype, shape) = map_tensor(path, name), work.tensors[name]
+    if (found.dtype.name, found.shape) != (dtype, shape):
+        raise DamagedError(
+            str(path), f"got {found.dtype} {list(found.shape)}; expected {dtype} {list(shape)}. Delete {path.parent}."
+        )
+    return found
 
 
 def shared_stage(path: Path, inputs: Mapping[str, Any]) -> Stage:

@@ -106,6 +106,10 @@ class QueryCheckpoints:
             write_checkpoint(self._place, *self._state())
         self._saved = time.monotonic()
 
+    def forget(self) -> None:
+        """What was begun last is not gone on with in this process: its models can go. Saved states stay."""
+        self._state = None
+
     def finish(self) -> None:
         """What was begun last is done, and its results are saved: its states go."""
         if self._state is not None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mucs_cli.methods.base import Method
     from mucs_cli.stage_folder import Stage
 
-PER_COMMAND = ("run", "device", "overwrite", "tracker", "stages", "plan")
+PER_COMMAND = ("run", "device", "threads", "overwrite", "tracker", "stages", "plan")
 """Keys that belong to one command line, not to the run; ``queries.index`` is another."""
 MAY_BE_NAMES = (
     "data.text_encoder",

@@ -267,7 +267,7 @@ def stored_losses(
     model_id: int,
     unlearned_print: str,
     load: Callable[[], Mapping[str, Tensor]] | None,
-) -> np.ndarray | None:
+) -> np.memmap | None:
     """A model's losses [N, n] under the bank: from ``score/_base/`` or ``score/_losses/``, or computed into it.
 
     Args:
@@ -286,7 +286,8 @@ def stored_losses(
     where = "_base" if model_id == BASE_MODEL else "_losses"
     path = work.context.folder("score", where, fingerprint(inputs)[:16], "losses.safetensors")
     if load is None:
-        return find_kept(path, "loss", inputs)
+        found = find_kept(path, "loss", inputs)
+        return None if found is None or found.shape != (engine.num_images, len(engine.bank)) else found
     return kept_tensor(path, "loss", inputs, ModelLosses(engine, load, model_id), {"draws": len(engine.bank)})
 
 

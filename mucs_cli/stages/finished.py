@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mucs_cli.artifacts import check_file, fingerprint
-from mucs_cli.block_file import map_tensor
+from mucs_cli.artifacts import check_hash, fingerprint
+from mucs_cli.block_file import map_tensors
 from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.reporting.results import variant_order
 from mucs_cli.runtime import log
@@ -19,6 +19,22 @@ from mucs_cli.stage_folder import command_hint, require_manifest
 from mucs_cli.tensor_forms import SCORE_FORMS, require_forms
 
 SCORES = "scores.safetensors"
+
+
+def map_scores(path: Path, sha256: str, **sizes: int) -> dict[str, np.memmap]:
+    """The tensors of a score file, memory-mapped: all of them may be more than the memory holds.
+
+    Args:
+        path: the file.
+        sha256: that its manifest has.
+        sizes: see ``require_forms``.
+    Raises:
+        UserError: it is not there, damaged, or no score file.
+    """
+    check_hash(path, sha256)
+    found = map_tensors(path, list(SCORE_FORMS))
+    require_forms(path, found, SCORE_FORMS, "score", **sizes)
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,7 +178,6 @@ class ScoreFiles:
         """
         folder = self.run / "score" / name
         path, manifest = folder / SCORES, require_manifest(folder, "score")
-        check_file(folder, manifest, SCORES)
         known = {int(query): print_ for query, print_ in manifest["queries"].items()}
         inputs = manifest["inputs"]
         compared = [("data", self.dataset, inputs.get("dataset")), ("model", self.model, inputs.get("model"))]
@@ -174,8 +189,7 @@ class ScoreFiles:
                     f"got scores of another {what} ({str(scored)[:16]}) than the run has ({str(ours)[:16]}). "
                     "Rerun mucs score with overwrite=true.",
                 )
-        found = {tensor: map_tensor(path, tensor) for tensor in SCORE_FORMS}
-        require_forms(path, found, SCORE_FORMS, "score", Q=len(known), N=self.num_images)
+        found = map_scores(path, manifest["outputs"][SCORES]["sha256"], Q=len(known), N=self.num_images)
         return FinishedScores(
             name, path, manifest, found["score"], found["query_id"].tolist(), np.array(found["example_id"])
         )

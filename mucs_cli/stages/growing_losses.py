@@ -8,13 +8,15 @@ import torch
 from numpy.typing import NDArray
 
 from mucs_cli.artifacts import fingerprint, write_tensors
-from mucs_cli.block_file import map_tensor
+from mucs_cli.block_file import map_tensor, map_tensors
 from mucs_cli.errors import UserError
 from mucs_cli.locks import locked
 from mucs_cli.runtime import log
 from mucs_cli.stages.engine import BASE_MODEL, Engine, loss_inputs
 from mucs_cli.stages.work import Work
+from mucs_cli.tensor_forms import require_forms
 
+FORMS = {"loss": "float32 N n", "crc32": "int64 N"}
 GROWING = "_growing"
 """The folder below ``score/`` that holds the files."""
 
@@ -78,8 +80,9 @@ def is_of_shape(path: Path, shape: tuple[int, int]) -> bool:
     if path.is_symlink() or not path.exists():
         return False
     try:
-        if map_tensor(path, "loss").shape == shape and map_tensor(path, "crc32").shape == shape[:1]:
-            return True
+        found = map_tensors(path, list(FORMS))
+        require_forms(path, found, FORMS, "score", N=shape[0], n=shape[1])
+        return True
     except UserError:
         pass
     log.warning("%s is damaged; computing it again", path)

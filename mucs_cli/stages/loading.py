@@ -17,7 +17,7 @@ from mucs_cli.data.labels import is_whole
 from mucs_cli.data.metadata import has_column
 from mucs_cli.diffusion.checkpoint import load_checked, load_denoiser
 from mucs_cli.diffusion.denoiser import Denoiser
-from mucs_cli.errors import UserError
+from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.evaluation.measures.removal import default_count
 from mucs_cli.locks import locked
 from mucs_cli.records import read_record
@@ -41,10 +41,14 @@ UNKNOWN_LEARNING_RATE = 1e-4
 
 def prepare_device(context: Context) -> torch.device:
     """The device, with the thread count that the run's first stage used: another one sums in another order."""
-    threads = fixed_fact(context.run, "threads", torch.get_num_threads)
-    if threads != torch.get_num_threads():
-        log.info("using %d threads, as the run's first stage did (%s)", threads, context.run / "machine.json")
-        torch.set_num_threads(threads)
+    asked = context.config.threads
+    fixed = fixed_fact(context.run, "threads", lambda: asked or torch.get_num_threads())
+    threads = asked or fixed
+    if threads != fixed:
+        log.info("using %d threads; the run's first stage used %d, which rounds otherwise", threads, fixed)
+    elif threads != torch.get_num_threads():
+        log.info("using %d threads, as the run's first stage did (%s)", threads, context.run / MACHINE)
+    torch.set_num_threads(threads)
     return pick_device(context.config.device)
 
 
@@ -386,9 +390,15 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
     tensors = read_tensors(path, manifest["outputs"][path.name]["sha256"])
     fingerprints = {int(query): print_ for query, print_ in manifest["queries"].items()}
     require_forms(path, tensors, SAMPLE_FORMS, "sample", Q=len(fingerprints))
+    if sorted(fingerprints) != list(range(len(fingerprints))):
+        raise DamagedError(
+            str(folder / "manifest.json"),
+            "got queries that are not numbered from 0. Rerun mucs sample with overwrite=true.",
+        )
     selected = chosen_queries(context.config.queries.index, len(fingerprints))
     image = tensors["image"]
-    picture, condition, role = tensors.get("picture", image), tensors.get("condition"), tensors["role"].tolist()
+    picture, condition = tensors.get("picture", image), tensors.get("condition")
+    role = tensors["role"].tolist() if "role" in tensors else [ROLES["generated"]] * len(image)
     return Queries(image, picture, condition, role, fingerprints, selected)
 
 

@@ -1,15 +1,15 @@
 """Scores of methods that unlearn: every training image's losses under the unlearned and the base model, reduced."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mucs_cli.attribution.reducers import reduce
 from mucs_cli.attribution.scoring import Block
-from mucs_cli.block_file import as_tensor
+from mucs_cli.block_file import as_tensor, map_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
 from mucs_cli.schemas import NoiseBankConfig
@@ -41,7 +41,8 @@ class LossComparison(Scorer):
         self.reducer, self.epsilon = reducer, epsilon
         self.flips = (False, True) if flip else (False,)
         self.noise_bank = noise_bank
-        self.unlearned = UnlearnedModels(work.context.folder("unlearn", work.context.unlearn_variant()))
+        network = work.inputs.model.denoiser.network
+        self.unlearned = UnlearnedModels(work.context.folder("unlearn", work.context.unlearn_variant()), network)
         self.unlearned.check(work.inputs.model.fingerprint, work.queries.wanted)
         self.bank, bank_print = prepare_bank(work.context, noise_bank, work.inputs)
         self.inputs = {
@@ -59,8 +60,11 @@ class LossComparison(Scorer):
         self.base = [base_losses(self.work, engine, self.inputs["noise_bank"]) for engine in self.engines]
         self.kept = {query: kept for query in self.work.queries.selected if (kept := self._kept_losses(query))}
 
-    def _kept_losses(self, query: int) -> list[np.ndarray]:
-        """The losses of a query's unlearned model, one array an engine, kept by this variant or another; or nothing."""
+    def _kept_losses(self, query: int) -> list[Path]:
+        """Where the losses of a query's unlearned model are, an engine each, kept by any variant; empty without them.
+
+        Not mapped: of many queries that would be more open files than a process may have.
+        """
         device, keep = self.work.inputs.device, self.work.config.score.keep_losses
         found = [
             stored_losses(
@@ -73,7 +77,7 @@ class LossComparison(Scorer):
             )
             for engine in self.engines
         ]
-        there = [losses for losses in found if losses is not None]
+        there = [Path(losses.filename) for losses in found if losses is not None and losses.filename is not None]
         return there if len(there) == len(found) else []
 
     def blocks(self) -> list[Block]:
@@ -98,7 +102,8 @@ class LossComparison(Scorer):
             losses: dict[int, Tensor] = {}
             if loaded:
                 losses |= zip(loaded, engine.losses(block, list(loaded.values()), progress, list(loaded)), strict=True)
-            losses |= {query: as_tensor(self.kept[query][index][rows]) for query in queries if query in self.kept}
+            kept = (query for query in queries if query in self.kept)
+            losses |= {query: as_tensor(map_tensor(self.kept[query][index], "loss")[rows]) for query in kept}
             found.append(torch.stack([reduce(self.reducer, base, losses[query], self.epsilon) for query in queries]))
         scores = torch.stack(found).amax(dim=0)
         finite = scores.isfinite().all(dim=1)

@@ -135,6 +135,7 @@ class MirroredUnlearner(Unlearner):
                         left.remove(query)
                         yield query, result
             except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
+                self.checkpoints.forget()  # else the models that were too many stay beside the next ones
                 self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")
 
     def stacks(self, queries: Sequence[int]) -> Iterator[list[int]]:

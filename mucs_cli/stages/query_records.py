@@ -1,12 +1,12 @@
-"""What an unfinished stage has finished, query by query: a record each, beside the query's own file.
+"""What an unfinished stage has finished, query by query: a record each.
 
 The process that did it writes it, before it lets go of what it would need to do it again. So nothing is done twice,
 whichever process of a command is killed.
 """
 
+import contextlib
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ class QueryRecords:
 
     Args:
         folder: holds them; may hold other files.
+        form: whether a record is one that this stage writes.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, form: Callable[[dict[str, Any]], bool]):
+        self.folder, self.form = folder, form
 
     def write(self, query: int, record: Mapping[str, Any]) -> None:
         """Says that a query is done.
@@ -39,16 +40,15 @@ class QueryRecords:
         found = {}
         for path in sorted(self.folder.glob("query_*.json")):
             number = re.fullmatch(r"query_(\d{4,9})", path.stem)
-            try:
-                if number is not None:
-                    found[int(number.group(1))] = read_record(path)
-            except UserError as error:
-                log.warning("%s is damaged; doing its query again", error.subject)
+            if number is None:
+                continue
+            with contextlib.suppress(UserError):
+                record = read_record(path)
+                if self.form(record):
+                    found[int(number.group(1))] = record
+                    continue
+            log.warning("%s is damaged; doing its query again", path)
         return found
-
-    def delete(self) -> None:
-        """Once the stage's manifest says all of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, query: int) -> Path:
         return self.folder / f"query_{query:04d}.json"

@@ -5,7 +5,7 @@ All images get a few draws of the bank; those whose score can no longer be among
 sample that gets the whole bank as well; where it shows that too much is lost, all images get it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +21,7 @@ from mucs_cli.attribution.racing import margins, race_rounds
 from mucs_cli.attribution.reducers import PER_DRAW
 from mucs_cli.attribution.skew import mean_over_draws
 from mucs_cli.block_file import BlockFile
+from mucs_cli.rehearsal import current_rehearsal
 from mucs_cli.rng import generator
 from mucs_cli.runtime import LONG_REHEARSAL, Progress, log
 from mucs_cli.stage_folder import Stage
@@ -29,6 +30,7 @@ from mucs_cli.stages.loading import num_settled
 from mucs_cli.stages.loss_comparison import LossComparison
 from mucs_cli.stages.query_records import QueryRecords
 from mucs_cli.stages.work import Work
+from mucs_cli.tensor_forms import require_forms
 
 RACES = "races"
 """The folder below a variant's that holds finished races and begun ones until the last is done."""
@@ -36,10 +38,15 @@ AUDIT = 16
 """Dropped images of which a batch gets the whole bank, to check what was dropped."""
 UNIT_BATCHES = 16
 """Batches that are computed between two entries in the journal, at most."""
+PART = 1 << 16
+"""Images whose values are in memory at once."""
 STEP = 1 << 32
 """Journal entries of one round, at most."""
 
 Rows = NDArray[np.int64]
+Row = Mapping[str, NDArray[Any]]
+"""Of a query: ``score``, and ``draws`` where scores rest on several numbers of them; [N] each."""
+ROW_FORMS = {"score": "float32 N", "draws": "int32 N"}
 
 
 class Races:
@@ -57,7 +64,7 @@ class Races:
         self.work, self.comparison, self.stage = work, comparison, stage
         self.k = num_settled(work.config.score.top_k, work.num_images)
         self.confidence: float = work.config.score.confidence
-        self.records = QueryRecords(stage.folder / RACES)
+        self.records = QueryRecords(stage.folder / RACES, lambda record: type(record.get("evaluations")) is int)
 
     def prepare(self) -> None:
         self.comparison.prepare_engines()
@@ -65,7 +72,7 @@ class Races:
         bank_print = self.comparison.inputs["noise_bank"]
         self.base = processes.first_then_all(lambda: GrowingLosses(self.work, self.engine, bank_print))
 
-    def write(self, path: Path, queries: Sequence[int], finished: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
+    def write(self, path: Path, queries: Sequence[int], finished: Mapping[int, Row]) -> dict[str, Any]:
         """Writes the score file: ``score``, ``draws``, ``query_id`` and ``example_id``.
 
         Several processes share the queries out.
@@ -80,14 +87,21 @@ class Races:
         self.race(queries)
         return processes.on_first(lambda: self._write(path, queries, finished))
 
-    def _write(
-        self, path: Path, queries: Sequence[int], finished: Mapping[int, Mapping[str, Tensor]]
-    ) -> dict[str, Any]:
-        found = self.rows(queries) | dict(finished)
-        ids = sorted(found)
-        rows = {name: torch.stack([found[query][name] for query in ids]) for name in ("score", "draws")}
-        example_ids = torch.from_numpy(np.array(self.work.inputs.data.training, np.int64))
-        write_tensors(path, {**rows, "query_id": torch.tensor(ids), "example_id": example_ids})
+    def _write(self, path: Path, queries: Sequence[int], finished: Mapping[int, Row]) -> dict[str, Any]:
+        ids, num_images = sorted({*queries, *finished}), self.work.num_images
+        tensors = {
+            "score": ("float32", (len(ids), num_images)),
+            "draws": ("int32", (len(ids), num_images)),
+            "query_id": ("int64", (len(ids),)),
+            "example_id": ("int64", (num_images,)),
+        }
+        file = BlockFile(path, tensors, fingerprint(self.stage.identity, ids))
+        file.arrays["query_id"][:] = ids
+        file.arrays["example_id"][:] = self.work.inputs.data.training
+        for place, query in enumerate(ids):  # one after the other: all of them may be more than the memory holds
+            for name, values in (finished[query] if query in finished else self.row(query)).items():
+                file.arrays[name][place] = values
+        file.finish(keep_journal=True)
         facts = self.records.read()
         return {"top_k": self.k, "races": {str(query): facts[query] for query in queries if query in facts}}
 
@@ -106,11 +120,14 @@ class Races:
         """``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on; empty before it is raced."""
         return read_kept(self._path(query))
 
-    def rows(self, queries: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """query -> its ``result``."""
-        # a rehearsal leaves the loop early, and needs no scores
-        nothing = {"score": torch.zeros(self.work.num_images), "draws": torch.zeros(self.work.num_images).int()}
-        return {query: read_tensors(self._path(query)) if self._path(query).exists() else nothing for query in queries}
+    def row(self, query: int) -> Row:
+        """What a finished race says of a query."""
+        if current_rehearsal() is not None:  # leaves the loop early, and needs no scores
+            nothing = np.zeros(self.work.num_images, np.float32)
+            return {"score": nothing, "draws": nothing.astype(np.int32)}
+        tensors = read_tensors(self._path(query))
+        require_forms(self._path(query), tensors, ROW_FORMS, "score", N=self.work.num_images)
+        return {name: tensors[name].numpy() for name in ROW_FORMS}
 
     def typical_evaluations(self) -> float:
         """Of a race: the mean of those that are finished, or a guess, which the digits and photographs come up to."""
@@ -254,8 +271,10 @@ class Race:
 
     def complete(self) -> tuple[Rows, NDArray[np.float32]]:
         """The images that have the whole bank, and their scores."""
-        rows = np.flatnonzero(self.draws == self.num_draws)
-        return rows, mean_over_draws(torch.from_numpy(self.values(rows, self.num_draws))).float().numpy()
+        rows, score = np.flatnonzero(self.draws == self.num_draws), []
+        for some in in_parts(rows):
+            score.append(mean_over_draws(torch.from_numpy(self.values(some, self.num_draws))).float().numpy())
+        return rows, np.concatenate(score)
 
     def scores(self) -> Tensor:
         """[N], float32: of images with the whole bank as exact mode's; of the others estimates, below the k-th place.
@@ -270,7 +289,8 @@ class Race:
             some = np.flatnonzero(self.draws == num_draws)
             audited = self.values(self.audited, self.num_draws)
             shift = audited.mean() - audited[:, :num_draws].mean()
-            score[some] = self.values(some, int(num_draws)).mean(axis=1) + shift
+            for part in in_parts(some):
+                score[part] = self.values(part, int(num_draws)).mean(axis=1) + shift
         place = np.partition(whole, -self.races.k)[-self.races.k]
         unsettled = self.draws < self.num_draws
         score[unsettled] = np.minimum(score[unsettled], np.nextafter(place, np.float32(-np.inf)))
@@ -285,6 +305,12 @@ class Race:
             "is_exact": bool((self.draws == self.num_draws).all()),
             "evaluations": self.evaluations,
         }
+
+
+def in_parts(rows: Rows) -> Iterator[Rows]:
+    """Rows as many at a time as have values of a size that does not matter; at least one part."""
+    for start in range(0, max(len(rows), 1), PART):
+        yield rows[start : start + PART]
 
 
 def describe(facts: Mapping[str, Any]) -> str:

@@ -9,19 +9,20 @@ import numpy as np
 from torch import Tensor
 
 from mucs_cli import locks, processes
-from mucs_cli.artifacts import fingerprint, read_tensors, write_text
+from mucs_cli.artifacts import fingerprint, write_text
 from mucs_cli.attribution.scoring import Block
+from mucs_cli.block_file import map_tensors
 from mucs_cli.data.images import ImageDataset
 from mucs_cli.reporting.group_files import write_groups
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import Progress, log
-from mucs_cli.stage_folder import Stage, facts_of, require_manifest
+from mucs_cli.stage_folder import Stage, facts_of, recorded_file, require_manifest
 from mucs_cli.stages.blocks import Arrays, BlockWork, fill_file
 from mucs_cli.stages.context import Context
-from mucs_cli.stages.finished import SCORES
+from mucs_cli.stages.finished import SCORES, map_scores
 from mucs_cli.stages.loading import num_settled, refuse_unsettled
 from mucs_cli.stages.loss_comparison import LossComparison
-from mucs_cli.stages.races import Races
+from mucs_cli.stages.races import Races, Row
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.slices import fill
 from mucs_cli.stages.work import Work
@@ -59,8 +60,8 @@ def run(context: Context) -> None:
         # other slices replace the scores while they have the lock
         with locks.locked(folder, wait=context.config.queries.index is not None):
             sha256 = require_manifest(folder, "score")["outputs"][SCORES]["sha256"]
-            found = read_tensors(folder / SCORES, sha256)
-            write_groups(folder / "groups.csv", groupings, found["score"].numpy(), found["query_id"].tolist(), group_k)
+            found = map_scores(folder / SCORES, sha256, N=work.num_images)
+            write_groups(folder / "groups.csv", groupings, found["score"], found["query_id"].tolist(), group_k)
 
 
 def compute(stage: Stage, work: Work, scorer: Scorer, folder: Path) -> None:
@@ -72,15 +73,14 @@ def compute(stage: Stage, work: Work, scorer: Scorer, folder: Path) -> None:
     races.prepare() if races is not None else scorer.prepare()
     facts = write_scores(stage, work, scorer, races, new, finished)
     facts |= {"device": str(work.inputs.device), "processes": processes.count(), **scorer.facts()}
-    processes.on_first(lambda: finish(stage, work, scorer, sorted({*new, *finished}), facts))
-    if races is not None and processes.is_first():
-        races.records.delete()
+    spent = [] if races is None else [races.records.folder]
+    processes.on_first(lambda: finish(stage, work, scorer, sorted({*new, *finished}), facts, spent=spent))
     log.info("score: %d queries x %d training images in %s", len(new), work.num_images, folder)
 
 
 def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any], work: Work, scorer: Scorer) -> None:
     """Adds the scores of a slice, see ``slices.fill``."""
-    added = read_tensors(slice_folder / SCORES, manifest["outputs"][SCORES]["sha256"])
+    added = map_scores(slice_folder / SCORES, manifest["outputs"][SCORES]["sha256"], N=work.num_images)
     old = finished_scores(stage)
     if old:
         stage.keep_aside(SCORES)
@@ -101,7 +101,7 @@ def write_scores(
     scorer: Scorer,
     races: Races | None,
     new: Sequence[int],
-    finished: Mapping[int, Mapping[str, Tensor]],
+    finished: Mapping[int, Row],
     raced: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the score file: new queries, for which scorer or races are prepared, and finished ones.
@@ -115,7 +115,7 @@ def write_scores(
     if races is not None:
         facts = races.write(path, new, finished)
         return facts | {"races": {**stage.previous.get("races", {}), **(raced or {}), **facts["races"]}}
-    scores = Scores(work, scorer, new, {query: tensors["score"] for query, tensors in finished.items()})
+    scores = Scores(work, scorer, new, finished)
     fill_file(path, fingerprint(stage.identity, scores.query_ids), scores)
     return {}
 
@@ -127,19 +127,21 @@ def finish(
     query_ids: Sequence[int],
     facts: Mapping[str, Any],
     seconds: float | None = None,
+    spent: Sequence[Path] = (),
 ) -> None:
     """Writes what stands beside the scores, and the manifest.
 
     Args:
         query_ids: of all scores.
         facts: what else it is to record.
-        seconds: see ``Stage.finish``.
+        seconds, spent: see ``Stage.finish``.
     """
     num_rows = min(TOP_ROWS, facts.get("top_k", TOP_ROWS))
-    write_top(stage.folder / "top.csv", read_tensors(stage.folder / SCORES), work.inputs.pixels, num_rows)
+    scores = map_tensors(stage.folder / SCORES, ["score", "query_id"])
+    write_top(stage.folder / "top.csv", scores, work.inputs.pixels, num_rows)
     outputs = [stage.folder / SCORES, stage.folder / "top.csv", *scorer.write_files(stage.folder, query_ids)]
     counts = {"queries": len(query_ids), "training_images": work.num_images}
-    stage.finish({**facts, "counts": counts}, outputs, seconds)
+    stage.finish({**facts, "counts": counts}, outputs, seconds, spent=spent)
 
 
 def warn_of_unused_keys(context: Context) -> None:
@@ -158,15 +160,16 @@ def warn_of_unused_keys(context: Context) -> None:
             log.warning("%s has no effect with score.mode=%s", key, context.config.score.mode)
 
 
-def finished_scores(stage: Stage) -> dict[int, dict[str, Tensor]]:
-    """query -> its row [N] of each tensor, of a finished stage that lacks some queries; empty without one."""
+def finished_scores(stage: Stage) -> dict[int, Row]:
+    """Of a finished stage that lacks some queries, those that it has; empty without one."""
     if not stage.previous:
         return {}
-    return rows_of(stage.previous_tensors(SCORES))
+    path = recorded_file(stage.folder, stage.previous, SCORES)
+    return rows_of(map_scores(path, stage.previous["outputs"][SCORES]["sha256"]))
 
 
-def rows_of(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """query -> its row [N] of each tensor of a score file."""
+def rows_of(tensors: Mapping[str, np.memmap]) -> dict[int, Row]:
+    """The rows of a score file, memory-mapped."""
     names = [name for name in ("score", "draws") if name in tensors]
     return {
         query: {name: tensors[name][row] for name in names} for row, query in enumerate(tensors["query_id"].tolist())
@@ -180,13 +183,13 @@ class Scores(BlockWork):
         work: what to score.
         scorer: the method's, prepared.
         new: the queries to score.
-        finished: scores of others that are there already.
+        finished: rows of others that are there already.
     """
 
     title = "score"
     tells_progress = True
 
-    def __init__(self, work: Work, scorer: Scorer, new: Sequence[int], finished: Mapping[int, Tensor]):
+    def __init__(self, work: Work, scorer: Scorer, new: Sequence[int], finished: Mapping[int, Row]):
         self.work, self.scorer, self.finished = work, scorer, finished
         self.unit, self.is_long = scorer.unit, scorer.is_long
         self.query_ids = sorted({*new, *finished})
@@ -207,8 +210,8 @@ class Scores(BlockWork):
     def begin(self, arrays: Arrays) -> None:
         arrays["query_id"][:] = self.query_ids
         arrays["example_id"][:] = self.work.inputs.data.training
-        for query, score in self.finished.items():
-            arrays["score"][self.row[query]] = score.numpy()
+        for query, row in self.finished.items():
+            arrays["score"][self.row[query]] = row["score"]
 
     def load(self, part: Sequence[int]) -> Any:
         return self.scorer.load(part)
@@ -224,10 +227,10 @@ class Scores(BlockWork):
         self.scorer.shrink(error)
 
 
-def write_top(path: Path, scores: Mapping[str, Tensor], data: ImageDataset, count: int) -> None:
+def write_top(path: Path, scores: Mapping[str, np.memmap], data: ImageDataset, count: int) -> None:
     """``query,rank,example_id,file,score`` and the metadata columns, of the highest scores; ties by example_id."""
     rows: list[list[Any]] = [["query", "rank", "example_id", "file", "score", *data.metadata]]
-    for query, row in zip(scores["query_id"].tolist(), scores["score"].numpy(), strict=True):
+    for query, row in zip(scores["query_id"].tolist(), scores["score"], strict=True):
         for rank, position in enumerate(np.argsort(-row, kind="stable")[:count], start=1):
             example = int(data.training[position])
             metadata = [column[example] for column in data.metadata.values()]

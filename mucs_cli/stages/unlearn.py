@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from statistics import median
 from typing import Any
 
 from mucs_cli import processes
-from mucs_cli.artifacts import link_or_copy, write_tensors, write_text
+from mucs_cli.artifacts import entry_of, link_or_copy, write_tensors, write_text
 from mucs_cli.attribution.unlearning import UnlearningResult
+from mucs_cli.records import are_outputs, are_results, is_text_list
 from mucs_cli.runtime import LONG_REHEARSAL, Progress, log
 from mucs_cli.stage_folder import Stage, facts_of
 from mucs_cli.stages.checkpoints import QueryCheckpoints
@@ -73,8 +73,10 @@ def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
 
         def unlearned(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], str]]:
             for query, result in unlearner.results(some):
-                write_tensors(query_file(folder, query), result.tensors)
-                records.write(query, {"summary": result.summary(), "losses": log_lines(query, result)})
+                path = query_file(folder, query)
+                write_tensors(path, result.tensors)
+                done = DoneQuery(result.summary(), log_lines(query, result), entry_of(path))
+                records.write(query, asdict(done))
                 yield query, result.summary(), describe(result)
 
         stacks = processes.on_first(lambda: list(unlearner.stacks(todo)))
@@ -98,10 +100,8 @@ def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
         "processes": processes.count(),
         "counts": {"trainable_tensors": len(unlearner.trainable)},
     }
-    processes.on_first(lambda: finish(stage, finished_queries(stage), facts))
-    if processes.is_first():
-        shutil.rmtree(unlearner.checkpoints.folder, ignore_errors=True)
-        records.delete()
+    spent = [unlearner.checkpoints.folder, records.folder]
+    processes.on_first(lambda: finish(stage, finished_queries(stage), facts, spent=spent))
 
 
 def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -115,14 +115,18 @@ def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def finish(
-    stage: Stage, done: Mapping[int, "DoneQuery"], facts: Mapping[str, Any], seconds: float | None = None
+    stage: Stage,
+    done: Mapping[int, "DoneQuery"],
+    facts: Mapping[str, Any],
+    seconds: float | None = None,
+    spent: Sequence[Path] = (),
 ) -> None:
     """Writes the losses and the manifest.
 
     Args:
         done: all queries that the folder has models of, those of earlier commands and attempts included.
         facts: what else the manifest is to record.
-        seconds: see ``Stage.finish``.
+        seconds, spent: see ``Stage.finish``.
     """
     queries = sorted(done)
     known = stage.known_queries() | stage.attempted
@@ -130,8 +134,10 @@ def finish(
     write_text(stage.folder / LOSSES, "".join(line for query in queries for line in done[query].losses))
     counts = {**facts["counts"], "queries": len(queries)}
     results = [{"query": query, **done[query].summary} for query in queries]
-    outputs = [*(query_file(stage.folder, query) for query in queries), stage.folder / LOSSES]
-    stage.finish({**facts, "counts": counts, "results": results}, outputs, seconds)
+    files = {query: query_file(stage.folder, query) for query in queries}
+    entries = {files[query].name: done[query].file for query in queries}
+    facts = {**facts, "counts": counts, "results": results}
+    stage.finish(facts, [*files.values(), stage.folder / LOSSES], seconds, entries, spent)
 
 
 # --- what is done ----------------------------------------------------------------------------------------------------
@@ -139,23 +145,38 @@ def finish(
 
 @dataclass(frozen=True)
 class DoneQuery:
-    """What is told of an unlearned query: for the manifest, and the losses of its steps, a line of JSON each."""
+    """What is told of an unlearned query.
+
+    summary: for the manifest. losses: of its steps, a line of JSON each. file: size and hash of its tensors' file.
+    """
 
     summary: dict[str, Any]
     losses: list[str]
+    file: dict[str, Any]
 
 
 def records_of(stage: Stage) -> QueryRecords:
     """Of queries that no manifest names yet."""
-    return QueryRecords(stage.folder / "done")
+    return QueryRecords(stage.folder / "done", is_done_query)
+
+
+def is_done_query(record: dict[str, Any]) -> bool:
+    """Whether a record is a ``DoneQuery``."""
+    return (
+        are_results([{"query": 0, **record["summary"]}] if isinstance(record.get("summary"), dict) else None)
+        and type(record["summary"].get("num_steps")) is int
+        and is_text_list(record.get("losses"))
+        and are_outputs({"file": record.get("file")})
+    )
 
 
 def finished_queries(stage: Stage) -> dict[int, DoneQuery]:
     """The queries that the folder has models of: those of the finished stage, and of an unfinished attempt."""
     done = recorded(stage.folder, stage.previous)
     for query, record in records_of(stage).read().items():
-        if query not in done and query_file(stage.folder, query).exists():
-            done[query] = DoneQuery(record["summary"], record["losses"])
+        path = query_file(stage.folder, query)
+        if query not in done and path.is_file() and path.stat().st_size == record["file"]["bytes"]:
+            done[query] = DoneQuery(record["summary"], record["losses"], record["file"])
     return done
 
 
@@ -165,7 +186,9 @@ def recorded(folder: Path, manifest: Mapping[str, Any]) -> dict[int, DoneQuery]:
     losses = losses_in(folder / LOSSES, known)
     return {
         record["query"]: DoneQuery(
-            {key: value for key, value in record.items() if key != "query"}, losses[record["query"]]
+            {key: value for key, value in record.items() if key != "query"},
+            losses[record["query"]],
+            manifest["outputs"][query_file(folder, record["query"]).name],
         )
         for record in manifest.get("results", [])
         if record["query"] in known

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mucs_cli.artifacts import REDO, read_tensors
 from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.stage_folder import command_hint, require_manifest
+from mucs_cli.tensor_forms import dtype_of
 
 
 def query_file(folder: Path, query: int) -> Path:
@@ -21,12 +22,14 @@ class UnlearnedModels:
 
     Args:
         folder: ``<run>/unlearn/<variant>``.
+        network: the base model's, whose parameters they replace.
     Raises:
         UserError: it has not finished.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, network: nn.Module):
         self.folder = folder
+        self.parameters = dict(network.named_parameters())
         self.manifest = require_manifest(folder, "unlearn")
 
     def check(self, model: str, queries: Mapping[int, str]) -> None:
@@ -72,6 +75,14 @@ class UnlearnedModels:
             raise DamagedError(
                 error.subject, error.message.replace(REDO, f"{again}this query is unlearned anew.")
             ) from error
+        for name, tensor in loaded.items():
+            mine = self.parameters.get(name)
+            if mine is None or (mine.shape, mine.dtype) != (tensor.shape, tensor.dtype):
+                raise DamagedError(
+                    str(path),
+                    f"got {name!r} of {dtype_of(tensor)} {list(tensor.shape)}, which the base model has not. "
+                    "Rerun mucs unlearn with overwrite=true.",
+                )
         return {name: tensor.to(device, copy=True) for name, tensor in loaded.items()}
 
     def per_pass(self, queries: Sequence[int], budget: float) -> int:

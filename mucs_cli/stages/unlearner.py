@@ -95,7 +95,7 @@ class Unlearner(ABC):
             raise UserError(
                 self.learning_rate_key,
                 f"got a non-finite loss ({error.value}) at step {error.step} of query {error.query_id} "
-                f"with {self.facts()['learning_rate']:g}. Lower it; the queries that were finished are kept.",
+                f"with {self.settings.learning_rate:g}. Lower it; the queries that were finished are kept.",
             ) from error
 
     def share_done(self, step: UnlearningStep) -> float:

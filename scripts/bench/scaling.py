@@ -2,12 +2,14 @@
 
 On pictures of 8x8 pixels of noise, with a small model: what the scores are does not matter here. Each figure is a
 `mucs score` of all queries of a run, in a process of its own; ratios are of the time beyond that of a command with one
-draw, which has hardly anything to do. Prints one JSON object on stdout, a table on stderr.
+draw, which has hardly anything to do, and of medians of three, in turn: many machines are slower once they have been
+busy for a while. Prints one JSON object on stdout, a table on stderr.
 
-    python scripts/bench/scaling.py [--images 10000 100000] [--mode exact|adaptive]
+    python scripts/bench/scaling.py [--images 10000 100000] [--mode exact|adaptive] [--repeats 3]
 """
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,23 +58,31 @@ def main() -> None:
         "--images", type=int, nargs="*", default=[10_000, 100_000], help="data sets whose memory counts"
     )
     parser.add_argument("--mode", default="exact", choices=("exact", "adaptive"))
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many; one is enough for memory")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "scaling", "mode": arguments.mode}
     with tempfile.TemporaryDirectory() as temporary:
         runs = {count: make_run(Path(temporary), count) for count in {IMAGES, 2 * IMAGES, *arguments.images}}
         more_queries = make_run(Path(temporary), IMAGES, 2 * QUERIES)
-        start = score(runs[IMAGES], 1, arguments.mode).seconds
-        result["start_seconds"] = round(start, 2)
-        base = score(runs[IMAGES], DRAWS, arguments.mode)
-        for name, cost in {
-            "base": base,
-            "images_doubled": score(runs[2 * IMAGES], DRAWS, arguments.mode),
-            "queries_doubled": score(more_queries, DRAWS, arguments.mode),
-            "draws_doubled": score(runs[IMAGES], 2 * DRAWS, arguments.mode),
-        }.items():
-            result[f"{name}_seconds"] = round(cost.seconds, 2)
-            result[f"{name}_ratio"] = round((cost.seconds - start) / (base.seconds - start), 2)
-            result[f"{name}_peak_mib"] = round(cost.peak_mib)
+        cases = {
+            "start": (runs[IMAGES], 1),
+            "base": (runs[IMAGES], DRAWS),
+            "images_doubled": (runs[2 * IMAGES], DRAWS),
+            "queries_doubled": (more_queries, DRAWS),
+            "draws_doubled": (runs[IMAGES], 2 * DRAWS),
+        }
+        costs: dict[str, list[Cost]] = {name: [] for name in cases}
+        for _ in range(arguments.repeats):
+            for name, (run, draws) in cases.items():
+                costs[name].append(score(run, draws, arguments.mode))
+        seconds = {name: statistics.median(cost.seconds for cost in of_case) for name, of_case in costs.items()}
+        for name, of_case in costs.items():
+            result[f"{name}_seconds"] = round(seconds[name], 2)
+            if name != "start":
+                result[f"{name}_ratio"] = round(
+                    (seconds[name] - seconds["start"]) / (seconds["base"] - seconds["start"]), 2
+                )
+            result[f"{name}_peak_mib"] = round(max(cost.peak_mib for cost in of_case))
         for count in arguments.images:
             cost = score(runs[count], 4, arguments.mode)
             result[f"{count}_images_seconds"] = round(cost.seconds, 1)

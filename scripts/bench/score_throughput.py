@@ -22,7 +22,7 @@ from mucs_cli.diffusion.unet import UNet
 from mucs_cli.runtime import keep_freed_memory
 
 REPEATS = 5
-BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
+BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def build(name: str) -> tuple[DiT | UNet, tuple[int, int, int]]:

@@ -79,8 +79,8 @@ COMMANDS = {
 COMPARED = (".safetensors", ".csv", ".md", ".tex", ".png", ".svg")
 COMPARED_BY_NAME = ("log.jsonl", "results.json")
 """What else has no times in it."""
-PER_STAGE = 3
-"""Kills of a stage in one round, at most."""
+PER_STAGE = 2
+"""Kills of a stage in one round, at most: so that a round comes to the last stages."""
 
 
 @dataclass
@@ -185,9 +185,13 @@ def kill_until_done(
             child.send_signal(number)
             code = child.wait()
             here[hit or targets[0]] += 1
-            kills.per_signal[number.name] += 1
-            kills.per_stage[f"{name}: {'start' if early else 'end' if hit is None else hit.parts[0]}"] += 1
+            if code:  # 0: it had just ended by itself
+                kills.per_signal[number.name] += 1
+                kills.per_stage[f"{name}: {'start' if early else place_of(run, hit)}"] += 1
             check_end(number, code, log)
+        else:
+            if code:
+                raise SystemExit(f"kills.py: {name} ended with {code} by itself:\n{log.read_text()[-2000:]}")
         if code == 0:
             return
     kills.attempts += 1
@@ -197,6 +201,13 @@ def kill_until_done(
 def unfinished_of(name: str, run: Path, reference: Reference) -> list[Path]:
     """The manifests that a command has still to write."""
     return [path for path in reference.stages[name] if not (run / path).exists()]
+
+
+def place_of(run: Path, hit: Path | None) -> str:
+    """Where a kill hit: the first stage that was unfinished, or a model that was trained again for it."""
+    if hit is None:
+        return "end"
+    return "retrain" if hit.parts[0] == "evaluate" and any(run.glob("retrain/*/state.json")) else hit.parts[0]
 
 
 def has_begun(folder: Path, since: float) -> bool:

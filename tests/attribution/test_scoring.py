@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from mucs_cli.attribution import scoring
 from mucs_cli.attribution.scoring import (
     bank_losses,
     blocks_of,
@@ -83,6 +84,19 @@ def test_scores_of_other_block_sizes_agree_within_float_tolerance(kind):
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_scores_under_other_numbers_of_threads_agree_within_float_tolerance(kind):
+    denoiser, before, found = model(kind), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(scores(denoiser, [changed(denoiser, 0)], 96))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_the_bits_of_a_block_do_not_depend_on_what_pads_it(kind):
     denoiser = model(kind)
     models = [changed(denoiser, 0)]
@@ -151,3 +165,19 @@ def test_fitted_block_sizes_waste_little_and_are_multiples_of_sixteen():
 def test_the_chosen_block_size_is_one_of_the_fitted_candidates():
     size = choose_block_size(model("dit"), IMAGES, None, BANK, 90, candidates=(32, 96), seconds=0.01)
     assert size in {fitted_block_size(90, 32), fitted_block_size(90, 96)}
+
+
+@pytest.mark.parametrize(("an_image", "tried", "chosen"), [(1e-3, {64, 128, 32, 16}, 32), (1e-5, {64, 128, 256}, 256)])
+def test_of_slow_models_smaller_blocks_are_tried_and_no_larger_ones(
+    an_image: float, tried: set[int], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = [0.0], set()
+
+    def losses(denoiser: object, image: torch.Tensor, *_: object) -> None:
+        calls.add(len(image))
+        now[0] += len(image) * an_image * (0.5 if len(image) == chosen else 1.0)
+
+    monkeypatch.setattr(scoring, "bank_losses", losses)
+    monkeypatch.setattr(scoring.time, "perf_counter", lambda: now[0])
+    size = choose_block_size(model("dit"), IMAGES, None, BANK, 2560, candidates=(64, 128, 256), seconds=0.03)
+    assert (calls, size) == (tried, chosen)

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from commands import fails, mucs
 from interrupted import Killed, assert_same_files, calls_of, stop, stop_after
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mucs_cli import artifacts, locks
 from mucs_cli.attribution import unlearning
@@ -169,6 +170,50 @@ def test_a_kill_between_the_files_of_a_query_of_a_stack_loses_nothing(
         assert_same_files(run, finished, f"unlearn/{folder_of(finished, stack=True).name}")
 
 
+def test_a_kill_after_the_first_of_a_stack_that_stops_all_at_once_loses_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*STACK[:3], "unlearning.stack_size=3", "unlearning.num_steps=3"]
+    shutil.rmtree(run / "unlearn")
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    mucs("unlearn", f"run={whole}", *command)
+    with monkeypatch.context() as patched:
+        stop_after(patched, QueryRecords, "write", 1, Killed)
+        stop(Killed, "unlearn", f"run={run}", *command)
+    mucs("unlearn", f"run={run}", *command)
+    assert_same_files(run, whole, "unlearn")
+
+
+def test_a_model_that_is_damaged_while_queries_are_added_is_not_taken_for_sound(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mucs("sample", f"run={run}", "queries.num=4")
+    path = folder_of(run) / "query_0001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    line = fails(capsys, "score", f"run={run}", *SCORE, "noise_bank.num_draws=3")
+    assert f"{path}: is not the file its manifest names (SHA-256 differs). Delete it and run mucs unlearn" in line
+    path.unlink()
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    assert path.read_bytes() == content
+
+
+def test_a_model_that_is_damaged_before_its_stage_is_done_is_not_taken_for_sound(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "unlearn")
+    with monkeypatch.context() as patched:
+        stop_after(patched, QueryRecords, "write", 2, Killed)
+        stop(Killed, "unlearn", f"run={run}", *UNLEARN)
+    for query, size in ((0, 0), (1, 1)):
+        path = folder_of(run) / f"query_{query:04d}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"~" * size)
+    mucs("unlearn", f"run={run}", *UNLEARN)  # does the one again whose size is wrong
+    line = fails(capsys, "score", f"run={run}", *SCORE, "noise_bank.num_draws=3")
+    assert "query_0001.safetensors: is not the file its manifest names" in line
+
+
 def test_other_stack_sizes_do_not_go_on_from_a_stack_that_is_too_large(
     run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +246,48 @@ def test_losses_that_were_put_in_place_just_before_a_kill_are_not_computed_again
     assert len(passes) == 3
     assert_same_files(run, finished, "score")
     assert not list((run / "score").rglob("*.journal"))
+
+
+def test_scoring_goes_on_with_other_passes(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(run / "score")
+    with monkeypatch.context() as patched:
+        stop_after(patched, engine.Engine, "losses", 7, Killed)  # in the second query's pass
+        stop(Killed, "score", f"run={run}", *SCORE, "score.memory_budget=1e-6")
+    mucs("score", f"run={run}", *SCORE)
+    assert_same_files(run, finished, "score")
+
+
+# --- files of another form, though their hashes are right ------------------------------------------------------------
+
+
+def forge(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["outputs"][path.name] = artifacts.entry_of(path)
+    artifacts.write_record(path.parent / "manifest.json", manifest)
+
+
+def test_forged_tensors_are_refused_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (scores,) = (run / "score").glob("mucs*/scores.safetensors")
+    whole = load_file(scores)
+    for changed in ({"score": whole["score"].double()}, {"score": whole["score"][:, 1:].contiguous()}):
+        forge(scores, whole | changed)
+        assert f"{scores}: got float" in fails(capsys, "score", f"run={run}", *SCORE)
+    forge(scores, {name: tensor for name, tensor in whole.items() if name != "query_id"})
+    assert "expected a safetensors file with 'query_id'" in fails(capsys, "score", f"run={run}", *SCORE)
+    shutil.rmtree(scores.parent)
+    model = folder_of(run) / "query_0000.safetensors"
+    found = load_file(model)
+    name = next(iter(found))
+    for changed in ({"other": found[name].clone()}, {name: found[name].T.contiguous()}, {name: found[name].double()}):
+        forge(model, found | changed)
+        assert "which the base model has not" in fails(capsys, "score", f"run={run}", *SCORE)
+
+
+def test_queries_without_roles_are_generated_ones(run: Path) -> None:
+    path = run / "sample" / "samples.safetensors"
+    forge(path, {name: tensor for name, tensor in load_file(path).items() if name != "role"})
+    mucs("score", f"run={run}", "method=random")
 
 
 @pytest.mark.parametrize("command", ["sample", "score"])
