@@ -275,12 +275,12 @@ def test_forged_tensors_are_refused_in_one_line(run: Path, capsys: pytest.Captur
         assert f"{scores}: got float" in fails(capsys, "score", f"run={run}", *SCORE)
     forge(scores, {name: tensor for name, tensor in whole.items() if name != "query_id"})
     assert "expected a safetensors file with 'query_id'" in fails(capsys, "score", f"run={run}", *SCORE)
-    shutil.rmtree(scores.parent)
     model = folder_of(run) / "query_0000.safetensors"
     found = load_file(model)
     name = next(iter(found))
     for changed in ({"other": found[name].clone()}, {name: found[name].T.contiguous()}, {name: found[name].double()}):
         forge(model, found | changed)
+        shutil.rmtree(scores.parent)
         assert "which the base model has not" in fails(capsys, "score", f"run={run}", *SCORE)
 
 
