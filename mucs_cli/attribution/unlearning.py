@@ -241,7 +241,7 @@ def unlearn_stacked(
     """
     denoiser.network.eval()
     models = StackedModels(denoiser, trainable, settings.new_optimizer, len(sources))
-    memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key)
+    memory = _MemoryLimit(settings.micro_batch_size, micro_batch_key, is_last_resort=len(sources) == 1)
     yield from _unlearn(models, sources, settings, on_step, memory, checkpoints=checkpoints)
 
 
@@ -291,7 +291,7 @@ def step_seconds(
         if len(sources) == 1
         else StackedModels(denoiser, trainable, still.new_optimizer, len(sources))
     )
-    memory = _MemoryLimit(settings.micro_batch_size, "unlearning.micro_batch_size")
+    memory = _MemoryLimit(settings.micro_batch_size, "unlearning.micro_batch_size", is_last_resort=len(sources) == 1)
     for _ in _unlearn(models, sources, still, note, memory):
         pass
     return min(later - earlier for earlier, later in pairwise(starts.values())) / len(sources)
@@ -484,10 +484,16 @@ def _multiply_gradient(parameters: Mapping[str, Tensor], factors: Mapping[str, T
 
 
 class _MemoryLimit:
-    """How many images share a forward pass; halved whenever memory runs out, for the rest of the run."""
+    """How many images share a forward pass; halved whenever memory runs out, for the rest of the run.
 
-    def __init__(self, size: int | None, key: str):
-        self.size, self.key = size, key
+    Args:
+        size: to begin with; None: all.
+        key: the configuration key, for the message.
+        is_last_resort: else memory that is too small for one image is for the caller, who can stack fewer models.
+    """
+
+    def __init__(self, size: int | None, key: str, is_last_resort: bool = True):
+        self.size, self.key, self.is_last_resort = size, key, is_last_resort
 
     def run(self, work: Callable[[int], Result], whole: int) -> Result:
         """``work(size)``, again with half the size after running out of memory; ``whole`` is the first size to try."""
@@ -496,6 +502,8 @@ class _MemoryLimit:
             try:
                 return work(size)
             except RuntimeError as error:
+                if size == 1 and not self.is_last_resort:
+                    raise
                 self.size = smaller_batch(error, size, self.key)
 
 

@@ -134,7 +134,7 @@ class MirroredUnlearner(Unlearner):
                     if query in left:  # else it was saved before an interruption, and only the others need it again
                         left.remove(query)
                         yield query, result
-            except RuntimeError as error:  # out of memory for weights: a forward pass gets smaller by itself
+            except RuntimeError as error:  # out of memory for weights and gradients: a pass gets smaller by itself
                 self.checkpoints.forget()  # else the models that were too many stay beside the next ones
                 self.stack_size = smaller_batch(error, self.stack_size, "unlearning.stack_size")
 

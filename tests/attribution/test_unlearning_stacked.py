@@ -9,6 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from mucs_cli.attribution import unlearning
 from mucs_cli.attribution.trainable import trainable_names
 from mucs_cli.attribution.unlearning import (
     NonFiniteLossError,
@@ -26,6 +27,7 @@ from mucs_cli.diffusion.networks import DiT
 from mucs_cli.diffusion.pretrained_networks import PretrainedDiT, PretrainedUNet
 from mucs_cli.diffusion.unet import UNet
 from mucs_cli.diffusion.vp import VPDenoiser
+from mucs_cli.errors import UserError
 from mucs_cli.rng import ShuffledOrder
 
 DIGITS = torch.from_numpy(load_digits().images[:24, None]) / 8 - 1  # [24, 1, 8, 8], float64, in [-1, 1]
@@ -300,3 +302,14 @@ def test_timing_a_step_moves_no_weight(count):
     ]
     assert 0 < step_seconds(denoiser, names_of(denoiser), sources, RULE) < 60
     assert all(torch.equal(p, before[name]) for name, p in denoiser.network.named_parameters())
+
+
+def test_memory_that_is_too_small_for_one_image_of_a_stack_is_for_whoever_can_stack_fewer(monkeypatch):
+    def starved(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(unlearning, "_accumulate_gradient", starved)
+    with pytest.raises(torch.OutOfMemoryError):
+        stacked(dit())
+    with pytest.raises(UserError, match=r"unlearning\.micro_batch_size: got out of memory at 1"):
+        stacked(dit(), query_ids=(4,))
