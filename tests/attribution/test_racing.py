@@ -81,17 +81,33 @@ def test_more_places_and_a_higher_confidence_keep_more_images() -> None:
     assert kept(300, 0.9) == set(range(300))
 
 
+def race(values: np.ndarray, k: int) -> tuple[set[int], int]:
+    """Who is left of all images at the default confidence, and how many evaluations that took."""
+    alive, before, evaluations = np.arange(len(values)), 0, 0
+    num_draws = values.shape[1]
+    for m in race_rounds(num_draws):
+        evaluations += len(alive) * (m - before)
+        before = m
+        if m < num_draws:
+            alive = alive[margins(values[alive, :m], num_draws, k, 0.99) >= 0]
+    return set(alive.tolist()), evaluations
+
+
 def test_a_race_keeps_the_highest_of_the_whole_bank() -> None:
-    """20 races over 100 draws for 10 places, at the default confidence: hardly any image is lost, most are dropped."""
+    """20 races over 100 draws for 10 places: hardly any image is lost, most are dropped."""
     lost, evaluations = 0, 0
     for seed in range(20):
         values = draws_of(400, 100, seed)
-        alive, before = np.arange(400), 0
-        for m in race_rounds(100):
-            evaluations += len(alive) * (m - before)
-            before = m
-            if m < 100:
-                alive = alive[margins(values[alive, :m], 100, 10, 0.99) >= 0]
-        lost += len(set(np.argsort(-values.mean(axis=1))[:10].tolist()) - set(alive.tolist()))
+        alive, cost = race(values, 10)
+        evaluations += cost
+        lost += len(set(np.argsort(-values.mean(axis=1))[:10].tolist()) - alive)
     assert lost <= 2  # of 200
     assert evaluations < 0.4 * 20 * 400 * 100
+
+
+def test_more_places_cost_more_evaluations() -> None:
+    for seed in range(10):
+        values = draws_of(400, 100, seed)
+        costs = [race(values, k)[1] for k in (1, 3, 10, 30, 100, 400)]
+        assert costs == sorted(costs)
+        assert costs[0] < costs[-1] == 400 * 100
