@@ -91,7 +91,7 @@ class QueryCheckpoints:
         if places:
             left = read_checkpoint(self._place)
             # an older state, which is read where the newest is damaged, may be of a larger stack
-            return left if left and left["query_id"].tolist() == queries else {}
+            return left if "query_id" in left and left["query_id"].tolist() == queries else {}
         shutil.rmtree(self._place, ignore_errors=True)  # of another stack
         return {}
 

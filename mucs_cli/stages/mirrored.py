@@ -95,7 +95,7 @@ class MirroredUnlearner(Unlearner):
 
         path = self.checkpoints.folder / "null_loss.safetensors"
         kept = read_kept(path)
-        sums = (float(kept["sum"]), int(kept["count"])) if kept else (0.0, 0)
+        sums = (float(kept["sum"]), int(kept["count"])) if kept.keys() >= {"sum", "count"} else (0.0, 0)
         saved = time.monotonic()
 
         def save() -> None:
