@@ -172,10 +172,12 @@ def test_a_reference_in_a_users_file_names_its_resolver(
 BOMB = "\n".join([f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" if n else "a0: &a0 [x]" for n in range(12)])
 
 
-@pytest.mark.parametrize("content", [BOMB, "zz: &zz {a: 1, b: *zz}"])
-@pytest.mark.parametrize("way", ["-cd", "searchpath", "searchpath of a file"])
+@pytest.mark.parametrize(
+    ("way", "content"),
+    [("-cd", BOMB), ("searchpath", BOMB), ("searchpath of a file", BOMB), ("-cd", "zz: &zz {a: 1, b: *zz}")],
+)
 def test_a_short_file_that_holds_very_much_is_refused_before_it_is_loaded(
-    content: str, way: str, here: Path, capsys: pytest.CaptureFixture[str]
+    way: str, content: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\nrun: r\n{content}\n")
     ways = {
