@@ -231,3 +231,23 @@ def test_a_launcher_that_says_nonsense_is_named(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert line in fails(capsys, "train", *TRAINING, f"run={tmp_path / 'run'}")
+
+
+def test_accelerates_launcher_starts_the_command_and_what_it_starts_is_said(base: Path, tmp_path: Path) -> None:
+    run = copy(base, tmp_path / "run")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+            *("-m", "mucs_cli", "score", f"run={run}", "method=random"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    count = manifest_of(run / "score" / "random")["processes"]
+    assert count in (1, 2)  # accelerate 1.15 makes one on CPUs
+    said = "1 process: its launcher was asked for one, or makes no more on CPUs" if count == 1 else "2 processes"
+    assert said in done.stderr
