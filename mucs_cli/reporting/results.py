@@ -402,9 +402,9 @@ def variant_order(name: str) -> tuple[bool, bool, list[tuple[bool, float, str]]]
     )
 
 
-def short(value: str | None) -> str:
-    """The beginning of a fingerprint."""
-    return value[:16] if value else "not recorded"
+def short(value: Any) -> str:
+    """The beginning of a fingerprint, or of what stands in its place."""
+    return str(value)[:16] if value else "not recorded"
 
 
 def spell_ids(ids: Iterable[int]) -> str:

@@ -110,6 +110,10 @@ FILES: dict[str, tuple[str, Job]] = {
 """Kind of file -> pattern below the run's folder, and the command that reads it."""
 
 
+UNFINISHED = ("removed", "evaluation, in a report", "manifest.json")
+"""Which makes the evaluation an unfinished one: a report leaves it out, with a warning."""
+
+
 @dataclass
 class Said:
     """What a command left: exit code (None for a traceback), stdout, stderr, and its files' bytes."""
@@ -257,7 +261,8 @@ def damage(runs: Runs, chance: random.Random, what: str, kind: str) -> tuple[str
     pattern, job = FILES[kind]
     sound = runs.sound(job)
     with runs.copy(job.run) as run:
-        path = chance.choice(sorted(path for path in run.glob(pattern) if path.is_file()))
+        paths = sorted(path for path in run.glob(pattern) if path.is_file())
+        path = chance.choice([path for path in paths if (what, kind, path.name) != UNFINISHED])
         status, whole = path.stat(), path.read_bytes()
         DAMAGES[what](path, chance)
         said = call(run, job.arguments, job.results)
