@@ -211,7 +211,7 @@ def load_trained_model(context: Context, data: ImageDataset, device: torch.devic
     if trained_on != data.fingerprint:
         raise UserError(
             "data",
-            f"got a data set of fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {trained_on[:16]}. "
+            f"got a data set of fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {str(trained_on)[:16]}. "
             "Restore the data, or use another run=.",
         )
     denoiser = load_checked(folder, manifest)
@@ -383,7 +383,7 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
     if sampled_from != model.fingerprint:
         raise UserError(
             str(folder / "manifest.json"),
-            f"got queries of the model {sampled_from[:16]}; the run's model is {model.fingerprint[:16]}. "
+            f"got queries of the model {str(sampled_from)[:16]}; the run's model is {model.fingerprint[:16]}. "
             f"Rerun mucs sample with overwrite=true, or use another run=.",
         )
     path = folder / "samples.safetensors"

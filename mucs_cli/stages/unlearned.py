@@ -53,7 +53,7 @@ class UnlearnedModels:
             if recorded != mine:
                 raise UserError(
                     str(path),
-                    f"got unlearned models of {name} {recorded[:16]}; the run now has {mine[:16]}. "
+                    f"got unlearned models of {name} {str(recorded)[:16]}; the run now has {mine[:16]}. "
                     "Rerun mucs unlearn with overwrite=true.",
                 )
 
