@@ -211,8 +211,8 @@ def load_trained_model(context: Context, data: ImageDataset, device: torch.devic
     if trained_on != data.fingerprint:
         raise UserError(
             "data",
-            f"got a data set of fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has {str(trained_on)[:16]}. "
-            "Restore the data, or use another run=.",
+            f"got a data set of fingerprint {data.fingerprint[:16]}; {folder / 'manifest.json'} has "
+            f"{str(trained_on)[:16]}. Restore the data, or use another run=.",
         )
     denoiser = load_checked(folder, manifest)
     denoiser.network.requires_grad_(False).to(device)
