@@ -10,6 +10,7 @@ where a file differs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -176,7 +177,7 @@ def kill_until_done(
         kills.attempts += 1
         began = time.time()
         child = start(name, run, log)
-        while not early and child.poll() is None and not has_begun(run / targets[0].parent, began):
+        while not early and child.poll() is None and not has_begun(run, targets[0].parent, began):
             time.sleep(0.01)
         try:
             code = child.wait(timeout=share * (reference.start if early else reference.stages[name][targets[0]]))
@@ -210,12 +211,14 @@ def place_of(run: Path, hit: Path | None) -> str:
     return "retrain" if hit.parts[0] == "evaluate" and any(run.glob("retrain/*/state.json")) else hit.parts[0]
 
 
-def has_begun(folder: Path, since: float) -> bool:
-    """Whether a stage has been at its folder since a time of the clock."""
-    try:
-        return (folder / "state.json").stat().st_mtime >= since
-    except OSError:
-        return False
+def has_begun(run: Path, folder: Path, since: float) -> bool:
+    """Whether a stage has been at its folder, an evaluation at a model's, since a time of the clock."""
+    models = run.glob("retrain/*/state.json") if folder.parts[0] == "evaluate" else ()
+    for path in (run / folder / "state.json", *models):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime >= since:
+                return True
+    return False
 
 
 def check_end(number: signal.Signals, code: int, log: Path) -> None:
