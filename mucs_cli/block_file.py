@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mucs_cli.artifacts import REDO, sync
 from mucs_cli.errors import UserError
+from mucs_cli.runtime import log
 
 SAFETENSORS_DTYPE = {
     "float32": "F32",
@@ -38,9 +39,9 @@ def journal_of(path: Path) -> Path:
 class BlockFile:
     """A safetensors file that is filled block by block and survives an interruption.
 
-    The file is preallocated as ``<name>.partial`` and memory-mapped; ``<name>.journal`` lists the finished blocks, a
-    line each, appended after the block's bytes are durable. ``finish`` renames the file into place. A journal that is
-    still there then says that the file is whole, though no manifest names it yet.
+    The file is preallocated as ``<name>.partial`` and memory-mapped; ``<name>.journal`` lists the finished blocks with
+    a checksum of each, a line each, appended after the block's bytes are durable. ``finish`` renames the file into
+    place. A journal that is still there then says that the file is whole, though no manifest names it yet.
 
     Args:
         path: the finished file.
@@ -66,9 +67,9 @@ class BlockFile:
         encoded += b" " * (-len(encoded) % 8)
         self.identity = identity
         start = 8 + len(encoded)
-        self.done: set[int] = self._finished_blocks(start + offset)
+        self._checksums = self._finished_blocks(start + offset)
         try:
-            if not self.done:
+            if not self._checksums:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # The journal first: what it lists is not in the new file. Either may be a link, and written through.
                 for old in (self.journal, self.partial):
@@ -87,35 +88,60 @@ class BlockFile:
             for name, (dtype, shape) in tensors.items()
         }
 
-    def _finished_blocks(self, size: int) -> set[int]:
-        """The blocks of an interrupted attempt; none of one whose file is not of this size any more."""
+    def _finished_blocks(self, size: int) -> dict[int, int]:
+        """The blocks of an interrupted attempt, with checksums; none of one whose file is not of this size any more."""
         if not self.journal.is_file() or self.journal.is_symlink():
-            return set()
+            return {}
         first, *lines = self.journal.read_text(errors="replace").splitlines() or [""]
         if first != json.dumps({"identity": self.identity}):
-            return set()
+            return {}
         if not self.partial.exists() and self.path.is_file():
             self.path.replace(self.partial)  # an interruption came just after it was put in place
         if not self.partial.is_file() or self.partial.is_symlink() or self.partial.stat().st_size != size:
-            return set()
-        # A line that a crash cut short or that was damaged is none of these: its block is redone.
-        found = {int(number) for line in lines for number in re.findall(r'"block": (\d{1,18}),', line)}
-        whole = set(lines)
-        return {block for block in found if self._line(block) in whole}
+            return {}
+        found = {}
+        for line in lines:
+            # A line that a crash cut short, or that was damaged, is not the line of its numbers: its block is redone.
+            numbers = re.match(r'{"block": (\d{1,18}), "data": (\d{1,10}),', line)
+            if numbers and line == self._line(block := int(numbers[1]), checksum := int(numbers[2])):
+                found[block] = checksum
+        return found
 
-    def _line(self, block: int) -> str:
+    def _line(self, block: int, checksum: int) -> str:
         """A block's line in the journal; with a check, as a digit that flips would name another block."""
-        return json.dumps({"block": block, "check": zlib.crc32(f"{self.identity} {block}".encode())})
+        check = zlib.crc32(f"{self.identity} {block} {checksum}".encode())
+        return json.dumps({"block": block, "data": checksum, "check": check})
 
-    def commit(self, block: int) -> None:
-        """Makes the arrays durable, then records ``block`` as finished."""
+    def holds(self, block: int, *values: np.ndarray) -> bool:
+        """Whether an attempt has finished a block, and left it as it was.
+
+        Args:
+            block: its number.
+            values: what ``commit`` was given, as it is in the file now.
+        """
+        if block not in self._checksums:
+            return False
+        if self._checksums[block] == checksum_of(values):
+            return True
+        log.warning("%s: a part of it is damaged; computed again", self.partial)
+        return False
+
+    def commit(self, block: int, *values: np.ndarray) -> None:
+        """Makes the arrays durable, then records a block as finished.
+
+        Args:
+            block: its number.
+            values: what it has put into the arrays.
+        """
         for array in self.arrays.values():
             array.flush()
+        checksum = checksum_of(values)
         with self.journal.open("a") as file:
-            file.write(f"\n{self._line(block)}\n")  # whatever the last line was cut short to stays a line of its own
+            # whatever the last line was cut short to stays a line of its own
+            file.write(f"\n{self._line(block, checksum)}\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done.add(block)
+        self._checksums[block] = checksum
 
     def finish(self, keep_journal: bool = False) -> None:
         """Renames the file into place and removes the journal.
@@ -137,6 +163,14 @@ class BlockFile:
         self.arrays.clear()
         self.journal.unlink()
         self.partial.unlink()
+
+
+def checksum_of(arrays: Sequence[np.ndarray]) -> int:
+    """CRC-32 of the bytes of arrays, one after the other."""
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(array).data, found)
+    return found
 
 
 def map_tensor(path: Path, name: str, writable: bool = False) -> np.memmap:

@@ -262,14 +262,15 @@ def decode_blocks(
     with Progress("decode images", num_images, "images") as progress:
         for block, start in enumerate(range(0, num_images, block_size(shape))):
             stop = min(start + block_size(shape), num_images)
-            if block not in cache.done:
+            decoded = raw[start:stop], readable[start:stop]
+            if not cache.holds(block, *decoded):
                 for index, image in enumerate(source.read(start, stop), start):
                     if isinstance(image, UserError):
                         unreadable[index], readable[index] = image.message, 0
                     else:
                         raw[index], readable[index] = image, 1
                     progress.advance()
-                cache.commit(block)
+                cache.commit(block, *decoded)
             for offset in np.flatnonzero(readable[start:stop] == 0):
                 unreadable.setdefault(start + int(offset), "cannot be read")  # found before an interruption
             sha256 += [fingerprint(image) for image in raw[start:stop]]
@@ -286,7 +287,7 @@ def close_gaps(path: Path, kept: list[int], shape: tuple[int, int, int]) -> None
     new.arrays["readable"][:] = 1
     for block, start in enumerate(range(0, len(kept), size)):
         new.arrays["image"][start : start + size] = old[kept[start : start + size]]
-        new.commit(block)
+        new.commit(block, new.arrays["image"][start : start + size])
     new.finish()
 
 
@@ -308,9 +309,10 @@ def condition_blocks(source: Source, stage: Stage, record: Record | None) -> Blo
     with Progress("read conditions", num_images, "images") as progress:
         for block, start in enumerate(range(0, num_images, CONDITIONS_AT_ONCE)):
             stop = min(start + CONDITIONS_AT_ONCE, num_images)
-            if block not in file.done:
+            place = file.arrays["condition"][start:stop]
+            if not file.holds(block, place):
                 vectors = source.read_conditions(start, stop) if known is None else known[start:stop]
-                file.arrays["condition"][start:stop] = vectors
-                file.commit(block)
+                place[...] = vectors
+                file.commit(block, place)
             progress.advance(stop - start)
     return file

@@ -64,9 +64,13 @@ class BlockWork(ABC):
     def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         """A block of a pass; float32, on the CPU."""
 
-    @abstractmethod
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        """Puts a block of a pass into its place."""
+    def places(self, arrays: Arrays, block: Block, part: Sequence[int]) -> list[np.ndarray]:
+        """Where a block of a pass goes: a view of the arrays for each row of what ``compute`` gives.
+
+        As it is: the rows of the block's images, in the only tensor.
+        """
+        (array,) = arrays.values()
+        return list(array[block.start : block.stop])
 
     def shrink(self, error: RuntimeError) -> None:
         """Makes the blocks smaller after running out of memory; any other error is raised again."""
@@ -97,8 +101,8 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
         file = BlockFile(path, work.tensors, f"{identity}/{size}/{passes}") if processes.is_first() else None
         if file is not None:
             work.begin(file.arrays)
-        done = set(processes.on_first(partial(sorted, file.done if file is not None else ())))
-        todo = [[b for b in blocks if p * len(blocks) + b.index not in done] for p in range(len(work.passes))]
+        done = processes.on_first(partial(finished_blocks, file, work, blocks))
+        todo = [[b for b in blocks if (p, b.index) not in done] for p in range(len(work.passes))]
         total = sum(work.cost(b, part) for part in work.passes for b in blocks)
         left = sum(work.cost(b, part) for part, some in zip(work.passes, todo, strict=True) for b in some)
         try:
@@ -115,8 +119,10 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
                         found = compute_round(work, chosen, part, loaded, progress)
                         if file is not None:
                             for block, computed in zip(chosen, found, strict=True):
-                                work.place(file.arrays, block, part, computed)
-                                file.commit(p * len(blocks) + block.index)
+                                places = work.places(file.arrays, block, part)
+                                for place, row in zip(places, computed, strict=True):
+                                    place[...] = row.numpy()
+                                file.commit(p * len(blocks) + block.index, *places)
                                 if not work.tells_progress or block is not chosen[0]:
                                     progress.advance(work.cost(block, part))
             if file is not None:
@@ -124,6 +130,18 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
             return
         except RuntimeError as error:
             work.shrink(error)
+
+
+def finished_blocks(file: BlockFile | None, work: BlockWork, blocks: Sequence[Block]) -> set[tuple[int, int]]:
+    """Pass and block of what an interrupted attempt has left."""
+    if file is None:
+        return set()
+    return {
+        (p, block.index)
+        for p, part in enumerate(work.passes)
+        for block in blocks
+        if file.holds(p * len(blocks) + block.index, *work.places(file.arrays, block, part))
+    }
 
 
 def compute_round(

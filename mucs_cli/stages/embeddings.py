@@ -14,7 +14,7 @@ from mucs_cli.attribution.similarity import cosine
 from mucs_cli.block_file import as_tensor
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
-from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
+from mucs_cli.stages.blocks import BlockWork, kept_tensor
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.work import Work
 
@@ -55,9 +55,6 @@ class Embeddings(BlockWork):
         pixels = self.work.inputs.pixels
         images = pixels.images(pixels.training[block.start : block.stop])
         return encode_padded(self.encoder, images)
-
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        arrays["embedding"][block.start : block.stop] = computed.numpy()
 
 
 def training_embeddings(work: Work, encoder: ImageEncoder) -> np.ndarray:

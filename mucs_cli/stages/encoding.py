@@ -11,7 +11,7 @@ from mucs_cli.attribution.scoring import GRANULE, Block, blocks_of
 from mucs_cli.data.images import ImageDataset, LatentDataset
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress
-from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
+from mucs_cli.stages.blocks import BlockWork, kept_tensor
 from mucs_cli.stages.context import Context
 
 if TYPE_CHECKING:
@@ -56,9 +56,6 @@ class Latents(BlockWork):
                 "that works in float32.",
             )
         return latent
-
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        arrays["latent"][block.start : block.stop] = computed.numpy()
 
 
 def encode_dataset(

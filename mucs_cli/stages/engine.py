@@ -25,7 +25,7 @@ from mucs_cli.diffusion.noise_bank import NoiseBank, draw_noise_bank
 from mucs_cli.errors import UserError
 from mucs_cli.runtime import Progress, log, matmul_precision, smaller_batch
 from mucs_cli.schemas import NoiseBankConfig
-from mucs_cli.stages.blocks import Arrays, BlockWork, find_kept, kept_tensor
+from mucs_cli.stages.blocks import BlockWork, find_kept, kept_tensor
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.loading import Inputs, fixed_fact, save_fact
 from mucs_cli.stages.work import Work
@@ -245,9 +245,6 @@ class ModelLosses(BlockWork):
         if not finite.all() and self.model_id == BASE_MODEL:
             self.engine.refuse_image(block.start + int((~finite).nonzero()[0]))
         return loss
-
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        arrays["loss"][block.start : block.stop] = computed.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
         self.engine.shrink(error)

@@ -23,7 +23,7 @@ from mucs_cli.locks import locked
 from mucs_cli.methods.gradient_base import GradientConfig
 from mucs_cli.records import read_record
 from mucs_cli.runtime import Progress, log, smaller_batch
-from mucs_cli.stages.blocks import Arrays, BlockWork, kept_tensor
+from mucs_cli.stages.blocks import BlockWork, kept_tensor
 from mucs_cli.stages.feature_settings import (
     choose_block_size,
     draw_noise,
@@ -261,9 +261,6 @@ class TrainingFeatures(BlockWork):
             ) from error
         return computed[: len(block)].cpu()
 
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        arrays["feature"][block.start : block.stop] = computed.numpy()
-
     def shrink(self, error: RuntimeError) -> None:
         self.store.shrink(error)
 
@@ -290,9 +287,6 @@ class NoiseErrors(BlockWork):
         sigma, noise = self.store.sigma.to(self.store.device), self.store.noise.to(self.store.device)
         errors = noise_errors(self.store.denoiser, image, condition, sigma, noise)
         return errors[: len(block)]
-
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        arrays["error"][block.start : block.stop] = computed.numpy()
 
     def shrink(self, error: RuntimeError) -> None:
         self.size = smaller_batch(error, self.size, "score.batch_size")

@@ -245,12 +245,12 @@ class Race:
             draw = num_draws - np.concatenate([np.arange(count, 0, -1) for count in counts])
             self.races.base.require(row, draw)
             number = self._step * STEP + unit
-            if number not in self.file.done:
+            if not self.file.holds(number, self.loss[row, draw]):
                 loss = self.races.engine.pair_losses(row, draw, self.tensors).numpy()
                 if not np.isfinite(loss).all():
                     self.races.comparison.refuse_query(self.query)
                 self.loss[row, draw] = loss
-                self.file.commit(number)
+                self.file.commit(number, loss)
                 self.computed += len(row)
             self.evaluations += len(row)
             self.progress.advance(

@@ -219,9 +219,8 @@ class Scores(BlockWork):
     def compute(self, block: Block, part: Sequence[int], loaded: Any, progress: Progress) -> Tensor:
         return self.scorer.scores(part, loaded, block, progress).float().cpu()
 
-    def place(self, arrays: Arrays, block: Block, part: Sequence[int], computed: Tensor) -> None:
-        for query, score in zip(part, computed, strict=True):
-            arrays["score"][self.row[query], block.start : block.stop] = score.numpy()
+    def places(self, arrays: Arrays, block: Block, part: Sequence[int]) -> list[np.ndarray]:
+        return [arrays["score"][self.row[query], block.start : block.stop] for query in part]
 
     def shrink(self, error: RuntimeError) -> None:
         self.scorer.shrink(error)
