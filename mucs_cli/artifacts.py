@@ -1,5 +1,6 @@
 """Files of a run: atomic writes, tensors, and fingerprints. What a stage's folder holds: ``stage_folder``."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from torch import Tensor
 from mucs_cli import __version__, processes
 from mucs_cli.errors import DamagedError, UserError
 from mucs_cli.records import sealed
+from mucs_cli.tensor_forms import require_forms
 
 log = logging.getLogger("mucs")
 TENSOR_CHECKSUM = "crc32"
@@ -160,13 +162,20 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     return tensors
 
 
-def read_kept(path: Path) -> dict[str, Tensor]:
+def read_kept(path: Path, forms: Mapping[str, str], **sizes: int) -> dict[str, Tensor]:
     """What an attempt that was interrupted left of its tensors, to go on from; empty where it left none, or damaged
-    ones, which are said."""
+    ones, which are said.
+
+    Args:
+        path: their file.
+        forms, sizes: see ``require_forms``.
+    """
     if not path.exists():
         return {}
     try:
-        return read_tensors(path)
+        found = read_tensors(path)
+        require_forms(path, found, forms, "run", **sizes)
+        return found
     except DamagedError as error:
         log.warning("%s is damaged; computing it again", error.subject)
         return {}
@@ -191,10 +200,7 @@ def is_intact(folder: Path, manifest: Mapping[str, Any], name: str) -> bool:
 
 def check_file(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
     """Raises UserError where an output of a stage is missing, or not the file that was written."""
-    path = folder / name
-    if not path.is_file():
-        raise DamagedError(str(path), f"not found; {folder / 'manifest.json'} names it. {REDO}")
-    check_hash(path, manifest.get("outputs", {}).get(name, {}).get("sha256"))
+    check_hash(folder / name, manifest.get("outputs", {}).get(name, {}).get("sha256"))
 
 
 def check_hash(path: Path, sha256: str | None) -> None:
@@ -246,17 +252,12 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    revision = (
-        subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if (Path(__file__).parent.parent / ".git").exists() and shutil.which("git")
-        else None
-    )
-    if revision is not None and revision.returncode == 0:
-        found["git"] = revision.stdout.strip()
+    if (Path(__file__).parent.parent / ".git").exists():
+        # without git, with no process left for it, or on a slow disk: a stage does not fail for this
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+            revision = subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+            )
+            found["git"] = revision.stdout.strip()
     return found

@@ -193,9 +193,13 @@ def map_tensor(path: Path, name: str, writable: bool = False) -> np.memmap:
 def map_tensors(path: Path, names: Sequence[str]) -> dict[str, np.memmap]:
     """``map_tensor`` of several; of a name that ends with ``?`` where the file has it."""
     found = {}
-    for name in names:
-        with contextlib.suppress(*([UserError] if name.endswith("?") else [])):
-            found[name.removesuffix("?")] = map_tensor(path, name.removesuffix("?"))
+    for key in names:
+        name = key.removesuffix("?")
+        if name != key:
+            with contextlib.suppress(OSError, ValueError):  # which mapping the others tells
+                if name not in header_of(path)[0]:
+                    continue
+        found[name] = map_tensor(path, name)
     return found
 
 
@@ -204,6 +208,24 @@ def locate(path: Path, name: str) -> tuple[str, int, tuple[int, ...]]:
 
     Raises:
         ValueError, KeyError: the file is truncated or no safetensors file, or has no such tensor.
+    """
+    header, data = header_of(path)
+    entry = header[name]
+    values: list[Any] = [entry.get(key) if isinstance(entry, dict) else None for key in TENSOR_ENTRY]
+    dtype, shape, offsets = values
+    if not (isinstance(dtype, str) and dtype in NUMPY_DTYPE and are_counts(shape) and are_counts(offsets)):
+        raise ValueError(f"its header describes {name!r} in no known way")
+    start, end = (data + offset for offset in offsets) if len(offsets) == 2 else (0, -1)
+    if end - start != math.prod(shape) * np.dtype(NUMPY_DTYPE[dtype]).itemsize or end > path.stat().st_size:
+        raise ValueError("it is truncated, or its header is wrong")
+    return NUMPY_DTYPE[dtype], start, tuple(shape)
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and the position in bytes at which its data begin.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -216,15 +238,7 @@ def locate(path: Path, name: str) -> tuple[str, int, tuple[int, ...]]:
             raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    entry = header[name]
-    values: list[Any] = [entry.get(key) if isinstance(entry, dict) else None for key in TENSOR_ENTRY]
-    dtype, shape, offsets = values
-    if not (isinstance(dtype, str) and dtype in NUMPY_DTYPE and are_counts(shape) and are_counts(offsets)):
-        raise ValueError(f"its header describes {name!r} in no known way")
-    start, end = (8 + length + offset for offset in offsets) if len(offsets) == 2 else (0, -1)
-    if end - start != math.prod(shape) * np.dtype(NUMPY_DTYPE[dtype]).itemsize or end > size:
-        raise ValueError("it is truncated, or its header is wrong")
-    return NUMPY_DTYPE[dtype], start, tuple(shape)
+    return header, 8 + length
 
 
 def are_counts(values: Any) -> bool:

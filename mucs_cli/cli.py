@@ -346,10 +346,18 @@ def run_command(command: str, recorded: list[str], cfg: "DictConfig") -> None:
 
 
 def is_the_machines(error: Exception) -> bool:
-    """Whether a system's error tells of a full disk, a file that may not be read or the like: never of a bug."""
-    return isinstance(error, OSError) and (
-        error.errno in MACHINE or (error.errno in PERMISSION and error.filename is not None)
-    )
+    """Whether an error tells of too little memory, a full disk, a file that may not be read or the like."""
+    if isinstance(error, OSError):
+        return error.errno in MACHINE or (error.errno in PERMISSION and error.filename is not None)
+    return lacks_memory(error)
+
+
+def lacks_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from mucs_cli.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def machine_error(error: Exception, doing: str) -> UserError:
@@ -359,7 +367,13 @@ def machine_error(error: Exception, doing: str) -> UserError:
         error: the system's.
         doing: named where the error names no file.
     """
-    assert isinstance(error, OSError)
+    if not isinstance(error, OSError):
+        reason = str(error).strip().splitlines()
+        return UserError(
+            doing,
+            f"needs more memory than there is ({reason[0] if reason else 'no more is known'}). Choose smaller batches, "
+            "sizes or numbers, and run it again: what is finished is kept.",
+        )
     return UserError(
         str(error.filename or doing),
         f"got the system's error {error.strerror!r}. Free the disk, or change permissions or the path, and run it "

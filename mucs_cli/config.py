@@ -15,6 +15,8 @@ from mucs_cli.errors import UserError, did_you_mean
 from mucs_cli.evaluation import EVALUATIONS
 from mucs_cli.methods import METHODS
 from mucs_cli.schemas import (
+    MOST,
+    MOST_THREADS,
     CheckpointConfig,
     DataConfig,
     DDPMConfig,
@@ -82,6 +84,7 @@ class PipelineConfig(RootConfig):
         "CPU threads of a process, which change results by rounding; null: as the run's first command, which took the "
         "cores or OMP_NUM_THREADS",
         minimum=1,
+        maximum=MOST_THREADS,
         affects_result=False,
     )
     speed: str = option(
@@ -357,6 +360,8 @@ def check_ranges(section: Any, prefix: str) -> None:
             ("below", "less than", lambda v, b: v < b),
         ):
             bound = limits[name]
+            if bound is None and name == "maximum" and isinstance(value, int) and limits["minimum"] is not None:
+                bound = MOST
             if bound is not None and not holds(value, bound):
                 raise UserError(subject, f"got {value!r}; expected {said} {bound}: {limits['meaning']}.")
 

@@ -198,7 +198,7 @@ def are_results(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(entry, dict)
         and type(entry.get("query")) is int
-        and isinstance(entry.get("num_steps"), int | None)
+        and type(entry.get("num_steps")) is int
         and isinstance(entry.get("reached_bound"), bool | None)
         for entry in value
     )
@@ -245,6 +245,7 @@ FORMS = {
     "unlearn_variant": is_name,
     "null_loss": lambda value: isinstance(value, int | float | None),
     "top_k": is_count,
+    "races": lambda value: is_mapping(value) and all(map(is_mapping, value.values())),
     "source": is_mapping,
     "facts": is_mapping,
     "fingerprint": lambda value: isinstance(value, str) and value != "",

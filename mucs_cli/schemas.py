@@ -10,6 +10,13 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
+MILLION = 1_000_000
+"""Bound of numbers that are held in memory, or drawn, before anything else happens."""
+MOST = 1_000_000_000
+"""Bound of all other whole numbers that count something."""
+MOST_THREADS = 1024
+"""More crash the process on common machines."""
+
 
 def option(
     default: Any,
@@ -205,7 +212,7 @@ class DDPMConfig(DiffusionConfig):
 @dataclass
 class TrainingConfig:
     num_steps: int = option(200_000, "updates", minimum=1)
-    batch_size: int = option(128, "images an update", minimum=1)
+    batch_size: int = option(128, "images an update", minimum=1, maximum=MILLION)
     micro_batch_size: int | None = option(
         None, "images a forward pass; null: the whole batch", minimum=1, affects_result=False
     )
@@ -240,7 +247,7 @@ class SamplerConfig:
     sigma_max: float = option(80.0, "highest noise level", above=0)
     rho: float = option(7.0, "exponent of the noise grid", above=0)
     guidance: float = option(1.0, "classifier-free guidance weight; 1 for none", minimum=0)
-    batch_size: int = option(256, "images sampled at once", minimum=1, affects_result=False)
+    batch_size: int = option(256, "images sampled at once", minimum=1, maximum=MILLION, affects_result=False)
 
 
 @dataclass
@@ -254,9 +261,12 @@ class QueriesConfig:
 @dataclass
 class SampledQueriesConfig(QueriesConfig):
     name: str = option("sampled", "where the images to explain come from; set by queries=")
-    num: int = option(10, "generated images to explain", minimum=1)
+    num: int = option(10, "generated images to explain", minimum=1, maximum=MILLION)
     held_out: int = option(
-        0, "held-out images (data.holdout) to explain as well, after the generated ones; drawn by seed", minimum=0
+        0,
+        "held-out images (data.holdout) to explain as well, after the generated ones; drawn by seed",
+        minimum=0,
+        maximum=MILLION,
     )
     seed: int = option(II("seed"), "seed of the first query; query i has a stream of its own")
     classes: list[int] | None = option(None, "classes to sample in turn, for a conditional model; null: all")
@@ -275,7 +285,7 @@ class FolderQueriesConfig(QueriesConfig):
 
 @dataclass
 class NoiseBankConfig:
-    num_draws: int = option(100, "draws (sigma, noise) an image", minimum=1)
+    num_draws: int = option(100, "draws (sigma, noise) an image", minimum=1, maximum=MILLION)
     grid: str = option(
         "truncated",
         "truncated: the release's first n of floor(n/0.7) levels; exact: linspace(0, 0.7, n); full: linspace(0, 1, n); "
@@ -301,8 +311,8 @@ class UnlearningConfig:
     learning_rate: float | None = option(None, "learning rate; null: a tenth of the training's", above=0)
     optimizer: str = option("adamw", "adamw, adam or sgd", choices=("adamw", "adam", "sgd"))
     weight_decay: float = option(0.01, "weight decay", minimum=0)
-    retain_batch_size: int = option(100, "training images an update", minimum=1)
-    forget_batch_size: int = option(100, "noisy copies of the query an update", minimum=1)
+    retain_batch_size: int = option(100, "training images an update", minimum=1, maximum=MILLION)
+    forget_batch_size: int = option(100, "noisy copies of the query an update", minimum=1, maximum=MILLION)
     micro_batch_size: int | None = option(
         None, "images a forward pass; null: the whole batch", minimum=1, affects_result=False
     )

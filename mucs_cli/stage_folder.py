@@ -86,6 +86,7 @@ class Stage:
         may_grow: dotted keys of the identity that a finished stage may have smaller.
         cleanable: outputs that a finished stage may lack: they can be made again.
         file_of: from a query's id, the output that holds its result: where that is gone, the stage lacks the query.
+        spent: folders in this one that an unfinished attempt goes on from; deleted once no query of one is left.
         replace: take away what another identity left here, or what is damaged, without being asked: a cache.
     """
 
@@ -101,6 +102,7 @@ class Stage:
         cleanable: Sequence[str] = (),
         replace: bool = False,
         file_of: Callable[[int], str] | None = None,
+        spent: Sequence[str] = (),
     ):
         self.folder = folder
         self.command = command
@@ -112,6 +114,7 @@ class Stage:
         self.cleanable = cleanable
         self.replace = replace
         self.file_of = file_of
+        self.spent = spent
         self.started, self._clock = datetime.now(UTC), time.monotonic()
         self.previous: dict[str, Any] = {}
         """The manifest of a finished stage that lacks some of the queries, or to which some were being added when an
@@ -136,6 +139,7 @@ class Stage:
             self.cleanable,
             self.replace,
             self.file_of,
+            self.spent,
         )
 
     def is_done(self, claim: bool = True, wait: bool = False) -> bool:
@@ -158,6 +162,8 @@ class Stage:
 
     def _is_done(self, claim: bool, wait: bool) -> bool:
         if self._holds_result():
+            if claim and (self.folder / "state.json").exists():
+                self._finish_interrupted()
             return True
         if not claim:
             return False
@@ -166,6 +172,17 @@ class Stage:
         if is_done and is_taken:  # by now another process has done it, and others may be waiting to learn that
             locks.release(self.folder)
         return is_done
+
+    def _finish_interrupted(self) -> None:
+        """Where an interruption came after the manifest was written: deletes what else ``finish`` would have."""
+        with locks.locked(self.folder, wait=False) as is_ours:
+            state = self.folder / "state.json"
+            if not (is_ours and self._holds_result() and state.exists()):
+                return
+            manifest = read_manifest(self.folder / "manifest.json")
+            self._attempted = read_manifest(state).get("queries", {})
+            if self._has_attempted(manifest):
+                self._tidy(manifest)
 
     def _holds_result(self, delete: bool = False) -> bool:
         """As ``is_done``, of what lies in the folder now; ``delete``: what may be overwritten."""
@@ -302,7 +319,6 @@ class Stage:
         outputs: Sequence[Path],
         seconds: float | None = None,
         entries: Mapping[str, Mapping[str, Any]] | None = None,
-        spent: Sequence[Path] = (),
     ) -> dict[str, Any]:
         """Writes the manifest, last; returns it. Of several processes the first one does, the others wait.
 
@@ -312,9 +328,8 @@ class Stage:
             seconds: that it took; None: since this object was made.
             entries: the records of outputs that were made earlier, by name: what has happened to these since is found
                 when they are read.
-            spent: folders that an unfinished attempt would have gone on from; they are deleted.
         """
-        return processes.on_first(lambda: self._finish(facts, outputs, seconds, entries or {}, spent))
+        return processes.on_first(lambda: self._finish(facts, outputs, seconds, entries or {}))
 
     def _finish(
         self,
@@ -322,7 +337,6 @@ class Stage:
         outputs: Sequence[Path],
         seconds: float | None,
         entries: Mapping[str, Mapping[str, Any]],
-        spent: Sequence[Path],
     ) -> dict[str, Any]:
         queries = self.known_queries() | {query: mine for query, mine in (self.queries or {}).items() if mine}
         known = per_query(self.previous)
@@ -345,14 +359,22 @@ class Stage:
             "seconds": round(time.monotonic() - self._clock if seconds is None else seconds, 1),
         }
         write_record(self.folder / "manifest.json", manifest)
-        (self.folder / "state.json").unlink(missing_ok=True)
-        for path in outputs:
-            journal_of(path).unlink(missing_ok=True)
-            kept_aside(path).unlink(missing_ok=True)
-        for folder in spent:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._tidy(manifest)
         locks.release(self.folder)
         return manifest
+
+    def _has_attempted(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether it names all queries of this attempt and of unfinished ones."""
+        return self._attempted.items() <= manifest.get("queries", {}).items()
+
+    def _tidy(self, manifest: Mapping[str, Any]) -> None:
+        """Deletes what only an unfinished stage needs; what says that there is any goes last."""
+        for name in manifest["outputs"]:
+            journal_of(self.folder / name).unlink(missing_ok=True)
+            kept_aside(self.folder / name).unlink(missing_ok=True)
+        for name in self.spent if self._has_attempted(manifest) else ():
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "state.json").unlink(missing_ok=True)
 
     def keep_aside(self, name: str) -> None:
         """``keep_aside`` for a file of the finished stage that lacks some queries."""

@@ -8,6 +8,7 @@ missing.
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -47,6 +48,26 @@ def require_forms(
                 str(path),
                 f"got {got} for {name!r}; expected {form}{f' with {known}' if known else ''}. "
                 f"Rerun mucs {command} with overwrite=true.",
+            )
+
+
+def require_scores(path: Path, found: Mapping[str, Tensor | NDArray], **sizes: int) -> None:
+    """``require_forms`` of a score file; and every query and every image is in it once, in order."""
+    require_forms(path, found, SCORE_FORMS, "score", **sizes)
+    for name in ("query_id", "example_id"):
+        ids = np.asarray(found[name])
+        if ids[0] < 0 or (np.diff(ids) <= 0).any():
+            raise DamagedError(
+                str(path), f"got {name} that do not ascend from 0 or more. Rerun mucs score with overwrite=true."
+            )
+
+
+def require_finite(path: Path, found: Mapping[str, Tensor], command: str) -> None:
+    """Raises DamagedError where a number in a file's tensors is NaN or infinite."""
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise DamagedError(
+                str(path), f"got values for {name!r} that are not finite. Rerun mucs {command} with overwrite=true."
             )
 
 

@@ -5,6 +5,7 @@ What is typed is the user's own; a file may not run code, choose what programs l
 """
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -228,19 +229,33 @@ def refuse_copies(folders: Iterable[Path]) -> None:
     for path in yaml_files(folders):
         try:
             text = read_regular(path)
-            root = yaml.compose(text, Loader=yaml.SafeLoader) if b"&" in text and b"*" in text else None
-        except (OSError, ValueError, yaml.YAMLError):  # Hydra says what is wrong with it, where it is used
+            root = yaml.compose(text, Loader=yaml.SafeLoader) if has_aliases(text) else None
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):  # Hydra says what is wrong, where it is used
             continue
-        if root is not None and num_values(root, {}) > MOST_VALUES:
+        known: dict[int, float] = {}
+        if root is not None and num_values(root, known) - len(known) > MOST_VALUES:
             raise UserError(
                 str(path), f"its aliases stand for more than {MOST_VALUES:,} values, or for themselves. Write it out."
             )
 
 
-def num_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node is with its aliases written out; more than there can be where it is in itself."""
+def has_aliases(text: bytes) -> bool:
+    """Whether a YAML file has any; quickly, as most have none and may be long."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return (
+        b"&" in text and b"*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader))
+    )
+
+
+def num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node is with its aliases written out; infinitely many where it is in itself.
+
+    Args:
+        node: the node.
+        known: takes the counts of all nodes in it, each once.
+    """
     if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1
+        known[id(node)] = math.inf
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         nodes = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
         known[id(node)] = 1 + sum(num_values(part, known) for part in nodes)

@@ -116,6 +116,9 @@ def test_every_later_default_derives_from_the_one_seed() -> None:
             ["training.decay=cosin"],
             "training.decay: got 'cosin'; expected one of constant, cosine, linear. Did you mean 'cosine'?",
         ),
+        (["noise_bank.num_draws=1000000000000"], "noise_bank.num_draws: got 1000000000000; expected at most 1000000:"),
+        (["training.num_steps=10000000000"], "training.num_steps: got 10000000000; expected at most 1000000000:"),
+        (["threads=30000"], "threads: got 30000; expected at most 1024:"),
         (["training.ema_decay=1"], "training.ema_decay: got 1.0; expected less than 1"),
         (["noise_bank.sigma_min=90"], "noise_bank.sigma_min: got 90.0; expected less than noise_bank.sigma_max=80.0."),
         (

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import fails, mucs
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from mucs_cli.diffusion.noise_bank import draw_noise_bank
 from mucs_cli.diffusion.training import Trainer
 from mucs_cli.stages import engine as score_engine
 from mucs_cli.stages import mirrored
+from mucs_cli.stages.work import Work
 
 NUM_IMAGES, NUM_QUERIES, NUM_DRAWS = 90, 3, 5
 SMALL = [
@@ -41,10 +43,6 @@ UNLEARN = [
 SCORE = [*UNLEARN, f"noise_bank.num_draws={NUM_DRAWS}", "score.batch_size=32"]
 VARIANT = "mucs__forget_batch_size-16__max_steps-4__retain_batch_size-16__tolerance-1"
 SCORE_VARIANT = "mucs__forget_batch_size-16__max_steps-4__num_draws-5__retain_batch_size-16__tolerance-1"
-
-
-def mucs(*arguments: str) -> None:
-    assert main(list(arguments)) == 0
 
 
 def chain(run: Path) -> Path:
@@ -71,15 +69,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def scores_of(run: Path, variant: str = SCORE_VARIANT) -> dict[str, torch.Tensor]:
     return load_file(run / "score" / variant / "scores.safetensors")
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a wrong command ends with."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mucs: error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_every_stage_leaves_its_files_with_the_shapes_the_design_names(finished: Path) -> None:
@@ -301,6 +290,22 @@ def test_scoring_goes_on_with_a_smaller_block_after_running_out_of_memory(
     mucs("score", f"run={run}", *SCORE)
     assert "score.batch_size=32: going on with 16" in capsys.readouterr().err
     torch.testing.assert_close(scores_of(run)["score"], scores_of(finished)["score"], rtol=0, atol=5e-6)
+
+
+def test_more_threads_than_any_machine_has_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "machine.json").write_text(json.dumps({"threads": 30_000}))
+    assert "machine.json: got threads 30000; expected at most 1024." in fails(capsys, "score", f"run={run}", *SCORE)
+
+
+def test_too_little_memory_for_what_is_asked_is_one_line(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Work, "load", lambda context: torch.empty(10**15))
+    line = fails(capsys, "score", f"run={finished}", *SCORE)
+    assert line.startswith(f"mucs: error: mucs score run={finished}") and "needs more memory than there is (" in line
 
 
 def test_a_command_may_take_other_threads_and_the_run_keeps_its_own(

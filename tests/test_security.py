@@ -194,6 +194,15 @@ def test_a_short_file_that_holds_very_much_is_refused_before_it_is_loaded(
     assert line.startswith(f"mucs: error: {here}/conf/experiment/mine.yaml: its aliases stand for more than 100,000")
 
 
+def test_long_files_without_copies_are_read(here: Path) -> None:
+    numbers = "".join(f"- {number}\n" for number in range(100_001))
+    (here / "conf" / "long.yaml").write_text(f"# R&D, *not* an alias\n{numbers}")
+    (here / "conf" / "named.yaml").write_text(f"a: &a [{'1, ' * 50_000}]\nb: *a\n")
+    (here / "conf" / "deep.yaml").write_text(f"&a [*a, {'[' * 3_000}{']' * 3_000}]")
+    (here / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: r\n")
+    assert main(["train", "-cd", "conf", "experiment=mine", "--cfg", "job"]) == 0
+
+
 def test_an_alias_in_a_users_file_is_read(here: Path) -> None:
     (here / "conf" / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nrun: r\nseed: &seed 7\ntraining: {num_steps: *seed}\n"

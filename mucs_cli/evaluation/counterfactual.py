@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from omegaconf import II
 
 from mucs_cli.evaluation.base import Evaluation
-from mucs_cli.schemas import MetricsConfig, RetrainingEvaluationConfig, option
+from mucs_cli.schemas import MILLION, MetricsConfig, RetrainingEvaluationConfig, option
 
 if TYPE_CHECKING:
     from mucs_cli.stages.context import Context
@@ -24,7 +24,9 @@ class CounterfactualConfig(MetricsConfig, RetrainingEvaluationConfig):
         "union: the images of all targets at once, one model a method; per_query: one model a target and method",
         choices=("union", "per_query"),
     )
-    num_controls: int = option(20, "further generated pictures, for which nothing is removed", minimum=0)
+    num_controls: int = option(
+        20, "further generated pictures, for which nothing is removed", minimum=0, maximum=MILLION
+    )
     batches: str = option(
         "base",
         "base: retrained in the base model's batches, with a random image in the place of each removed one, so that as "
@@ -40,7 +42,7 @@ class CounterfactualConfig(MetricsConfig, RetrainingEvaluationConfig):
         "folders of other runs whose finished evaluations with the same settings are pooled with this one",
         affects_result=False,
     )
-    num_resamples: int = option(2000, "bootstrap resamples for the 95 % intervals", minimum=100)
+    num_resamples: int = option(2000, "bootstrap resamples for the 95 % intervals", minimum=100, maximum=MILLION)
     seed: int = option(II("seed"), "seed of controls, random removals and resamples")
 
 

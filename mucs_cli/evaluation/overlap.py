@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from omegaconf import II
 
 from mucs_cli.evaluation.base import Evaluation
-from mucs_cli.schemas import EvaluationConfig, option
+from mucs_cli.schemas import MILLION, EvaluationConfig, option
 
 if TYPE_CHECKING:
     from mucs_cli.stages.context import Context
@@ -19,7 +19,9 @@ class OverlapConfig(EvaluationConfig):
     k: int | None = option(
         None, "highest scores of a query that are compared; null: 1 % of the images, at least 10", minimum=1
     )
-    num_resamples: int = option(2000, "bootstrap resamples of the queries for the 95 % intervals", minimum=100)
+    num_resamples: int = option(
+        2000, "bootstrap resamples of the queries for the 95 % intervals", minimum=100, maximum=MILLION
+    )
     seed: int = option(II("seed"), "seed of the resamples")
 
 

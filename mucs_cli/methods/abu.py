@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import II
 
 from mucs_cli.methods.base import Method
-from mucs_cli.schemas import MethodConfig, NoiseBankConfig, option
+from mucs_cli.schemas import MILLION, MethodConfig, NoiseBankConfig, option
 
 if TYPE_CHECKING:
     from mucs_cli.stages.scorer import Scorer
@@ -39,7 +39,9 @@ class AbUConfig(MethodConfig):
     num_blocks: int | None = option(None, "trainable=last_blocks: how many", minimum=1)
     patterns: list[str] = option([], "trainable=patterns: shell patterns of parameter names")
     seed: int = option(II("seed"), "seed of the noise in Fisher information and steps")
-    num_draws: int = option(20, "draws (sigma, noise) an image in scoring", minimum=1, scores_only=True)
+    num_draws: int = option(
+        20, "draws (sigma, noise) an image in scoring", minimum=1, maximum=MILLION, scores_only=True
+    )
     grid: str = option(
         "auto",
         "noise levels in scoring: auto (even for a discrete schedule, else full), or as noise_bank.grid",

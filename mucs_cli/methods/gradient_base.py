@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import II
 
-from mucs_cli.schemas import MethodConfig, option
+from mucs_cli.schemas import MILLION, MethodConfig, option
 
 PRESETS = ("all", "mlp", "all_but_bias", "attention", "last_blocks", "patterns")
 
@@ -13,7 +13,7 @@ PRESETS = ("all", "mlp", "all_but_bias", "attention", "last_blocks", "patterns")
 class GradientConfig(MethodConfig):
     """Methods whose values of these keys agree, on the same output, share their features on disk."""
 
-    num_draws: int = option(10, "draws (noise level, noise) whose gradients are averaged", minimum=1)
+    num_draws: int = option(10, "draws (noise level, noise) whose gradients are averaged", minimum=1, maximum=MILLION)
     projection: str = option(
         "sparse",
         "random projection of the gradients: sparse, gaussian (slow), or identity (none)",

@@ -23,7 +23,7 @@ from mucs_cli.records import is_query, read_manifest
 from mucs_cli.reporting.csv_rows import read_rows
 from mucs_cli.rng import generator
 from mucs_cli.stage_folder import require_manifest
-from mucs_cli.tensor_forms import IMAGE_FORMS, SAMPLE_FORMS, SCORE_FORMS, require_forms
+from mucs_cli.tensor_forms import IMAGE_FORMS, SAMPLE_FORMS, require_finite, require_forms, require_scores
 
 QUERY_COLUMNS = ("query", "file")
 """Columns of sample/queries.csv that are not the metadata of the queries' folder."""
@@ -160,7 +160,7 @@ class RunResults:
             folder = self.run / "score" / name
             manifest = require_manifest(folder, "score")
             tensors = read_output(folder, manifest, "scores.safetensors")
-            require_forms(folder / "scores.safetensors", tensors, SCORE_FORMS, "score")
+            require_scores(folder / "scores.safetensors", tensors)
             unlearned = manifest.get("unlearn_variant")
             self._variants[name] = Variant(
                 name,
@@ -197,7 +197,7 @@ class RunResults:
             ("image", variant.example_ids.tolist(), len(self.index)),
             ("query", variant.query_ids, len(self.queries)),
         ):
-            wrong = [number for number in ids if not 0 <= number < count]
+            wrong = [number for number in ids if number >= count]
             if wrong:
                 raise UserError(
                     str(folder),
@@ -249,7 +249,9 @@ class RunResults:
     @cached_property
     def samples(self) -> dict[str, Tensor]:
         tensors = read_output(self.run / "sample", self.sample, "samples.safetensors")
-        require_forms(self.run / "sample" / "samples.safetensors", tensors, SAMPLE_FORMS, "sample")
+        path = self.run / "sample" / "samples.safetensors"
+        require_forms(path, tensors, SAMPLE_FORMS, "sample")
+        require_finite(path, tensors, "sample")
         return tensors
 
     @property

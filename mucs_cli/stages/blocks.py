@@ -101,8 +101,8 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
         file = BlockFile(path, work.tensors, f"{identity}/{size}/{passes}") if processes.is_first() else None
         if file is not None:
             work.begin(file.arrays)
-        done = processes.on_first(partial(finished_blocks, file, work, blocks))
-        todo = [[b for b in blocks if (p, b.index) not in done] for p in range(len(work.passes))]
+        done = set(processes.on_first(partial(finished_blocks, file, work, blocks)))
+        todo = [[b for b in blocks if p * len(blocks) + b.index not in done] for p in range(len(work.passes))]
         total = sum(work.cost(b, part) for part in work.passes for b in blocks)
         left = sum(work.cost(b, part) for part, some in zip(work.passes, todo, strict=True) for b in some)
         try:
@@ -132,16 +132,12 @@ def fill_blocks(path: Path, identity: str, work: BlockWork) -> None:
             work.shrink(error)
 
 
-def finished_blocks(file: BlockFile | None, work: BlockWork, blocks: Sequence[Block]) -> set[tuple[int, int]]:
-    """Pass and block of what an interrupted attempt has left."""
+def finished_blocks(file: BlockFile | None, work: BlockWork, blocks: Sequence[Block]) -> list[int]:
+    """The blocks that an interrupted attempt has left, numbered pass by pass."""
     if file is None:
-        return set()
-    return {
-        (p, block.index)
-        for p, part in enumerate(work.passes)
-        for block in blocks
-        if file.holds(p * len(blocks) + block.index, *work.places(file.arrays, block, part))
-    }
+        return []
+    numbered = enumerate((part, block) for part in work.passes for block in blocks)
+    return [number for number, (part, block) in numbered if file.holds(number, *work.places(file.arrays, block, part))]
 
 
 def compute_round(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
@@ -207,6 +207,7 @@ class Context:
         may_grow: tuple[str, ...] = (),
         scores_only: bool = True,
         file_of: Callable[[int], str] | None = None,
+        spent: Sequence[str] = (),
     ) -> "Stage":
         """The stage that fills ``folder``; when it begins, run.json is written first.
 
@@ -215,7 +216,7 @@ class Context:
             command: the command that fills it.
             sections: whose result-affecting values are part of its identity.
             inputs: fingerprints of what it reads.
-            queries, may_grow, file_of: see ``Stage``.
+            queries, may_grow, file_of, spent: see ``Stage``.
             scores_only: whether keys that change scores only are part of its identity.
         """
         from mucs_cli.stage_folder import Stage  # torch takes seconds to import; `mucs status` does without
@@ -223,7 +224,9 @@ class Context:
         config = {section: result_config(getattr(self.config, section), scores_only) for section in sections}
         identity = {"config": config, "inputs": dict(inputs or {})}
         overwrite = self.config.overwrite
-        return Stage(folder, command, identity, overwrite, self.write_record, queries, may_grow, file_of=file_of)
+        return Stage(
+            folder, command, identity, overwrite, self.write_record, queries, may_grow, file_of=file_of, spent=spent
+        )
 
     def write_record(self) -> None:
         """Writes run.json where it is missing or says something else of the sections this command decides."""

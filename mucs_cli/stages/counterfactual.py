@@ -209,7 +209,7 @@ class CounterfactualEvaluator(RetrainingEvaluator):
         key = fingerprint(self.base.model.fingerprint, sampler, seeds, "none" if condition is None else condition)[:16]
         name = "base" if task is None else self.models.key(task)
         path = self.context.folder("retrain", "_pictures", key, f"{name}.safetensors")
-        kept = read_kept(path)
+        kept = read_kept(path, {"picture": "float32 Q C H W"}, Q=len(seeds))
         if not kept:
             denoiser = self.base.model.denoiser if task is None else self.models.denoiser(task)
             kept = {"picture": self._generate(denoiser, seeds, condition).cpu()}

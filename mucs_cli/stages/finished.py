@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mucs_cli.artifacts import check_hash, fingerprint
 from mucs_cli.block_file import map_tensors
-from mucs_cli.errors import UserError, did_you_mean
+from mucs_cli.errors import DamagedError, UserError, did_you_mean
 from mucs_cli.reporting.results import variant_order
 from mucs_cli.runtime import log
 from mucs_cli.stage_folder import command_hint, require_manifest
-from mucs_cli.tensor_forms import SCORE_FORMS, require_forms
+from mucs_cli.tensor_forms import SCORE_FORMS, require_scores
 
 SCORES = "scores.safetensors"
 
@@ -27,13 +27,13 @@ def map_scores(path: Path, sha256: str, **sizes: int) -> dict[str, np.memmap]:
     Args:
         path: the file.
         sha256: that its manifest has.
-        sizes: see ``require_forms``.
+        sizes: see ``require_scores``.
     Raises:
         UserError: it is not there, damaged, or no score file.
     """
     check_hash(path, sha256)
     found = map_tensors(path, list(SCORE_FORMS))
-    require_forms(path, found, SCORE_FORMS, "score", **sizes)
+    require_scores(path, found, **sizes)
     return found
 
 
@@ -190,6 +190,10 @@ class ScoreFiles:
                     "Rerun mucs score with overwrite=true.",
                 )
         found = map_scores(path, manifest["outputs"][SCORES]["sha256"], Q=len(known), N=self.num_images)
+        if found["query_id"].tolist() != sorted(known):
+            raise DamagedError(
+                str(path), "has scores of other queries than its manifest names. Rerun mucs score with overwrite=true."
+            )
         return FinishedScores(
             name, path, manifest, found["score"], found["query_id"].tolist(), np.array(found["example_id"])
         )

@@ -37,7 +37,8 @@ def load_fisher(work: Work, names: list[str], seed: int, num_passes: int, flip: 
         return read_tensors(path)
     stage.begin()
     fisher = DiagonalFisher(model.denoiser, names, seed, flip)
-    if left := read_kept(state):
+    left = read_kept(state, {})
+    if {name: sums.shape for name, sums in left.items()} == {name: sums.shape for name, sums in fisher.state().items()}:
         fisher.load_state(left)
     visits, size, saved = (2 if flip else 1), BATCH_SIZE, time.monotonic()
     done, total = fisher.num_visits // visits, num_passes * work.num_images

@@ -82,7 +82,7 @@ def generate(
             label = None if condition is None else condition[part].to(device)
             key = fingerprint(seeds[part], *([] if condition is None else [condition[part]]))[:16]
             kept = None if folder is None or len(seeds) <= size else folder / f"{key}.safetensors"
-            if kept is not None and (left := read_kept(kept)):
+            if kept is not None and (left := read_kept(kept, {"image": "float32 Q C H W"}, Q=len(seeds[part]))):
                 images.append(left["image"])
                 done += len(images[-1])
                 progress.advance(len(images[-1]))

@@ -200,7 +200,7 @@ class LdsEvaluator(RetrainingEvaluator):
         with Progress("measure", len(tasks), "models") as progress:
             for task in tasks:
                 path = self.context.folder("retrain", "_losses", key, f"{self.models.key(task)}.safetensors")
-                kept = read_kept(path)
+                kept = read_kept(path, {"loss": "float64 Q"}, Q=len(queries))
                 if not kept:
                     kept = {"loss": self._losses(self.models.denoiser(task), queries)}
                     write_tensors(path, kept)

@@ -23,11 +23,11 @@ from mucs_cli.locks import locked
 from mucs_cli.records import read_record
 from mucs_cli.reporting.groups import choose_groupings, choose_k
 from mucs_cli.runtime import log, pick_device
-from mucs_cli.schemas import DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
+from mucs_cli.schemas import MOST_THREADS, DataConfig, ImageFolderConfig, PictureConfig, PretrainedConfig
 from mucs_cli.stage_folder import require_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.stages.encoding import encode_dataset
-from mucs_cli.tensor_forms import SAMPLE_FORMS, require_forms
+from mucs_cli.tensor_forms import SAMPLE_FORMS, require_finite, require_forms
 
 if TYPE_CHECKING:  # diffusers takes seconds to import its networks
     from mucs_cli.diffusion.latent import LatentCodec
@@ -44,6 +44,10 @@ def prepare_device(context: Context) -> torch.device:
     asked = context.config.threads
     fixed = fixed_fact(context.run, "threads", lambda: asked or torch.get_num_threads())
     threads = asked or fixed
+    if threads > MOST_THREADS:
+        raise UserError(
+            str(context.run / MACHINE), f"got threads {threads}; expected at most {MOST_THREADS}. Delete the file."
+        )
     if threads != fixed:
         log.info("using %d threads; the run's first stage used %d, which rounds otherwise", threads, fixed)
     elif threads != torch.get_num_threads():
@@ -390,6 +394,7 @@ def load_queries(context: Context, model: BaseModel) -> Queries:
     tensors = read_tensors(path, manifest["outputs"][path.name]["sha256"])
     fingerprints = {int(query): print_ for query, print_ in manifest["queries"].items()}
     require_forms(path, tensors, SAMPLE_FORMS, "sample", Q=len(fingerprints))
+    require_finite(path, tensors, "sample")
     if sorted(fingerprints) != list(range(len(fingerprints))):
         raise DamagedError(
             str(folder / "manifest.json"),

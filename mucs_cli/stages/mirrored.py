@@ -94,8 +94,8 @@ class MirroredUnlearner(Unlearner):
         conditional = fresh.network.is_conditional
 
         path = self.checkpoints.folder / "null_loss.safetensors"
-        kept = read_kept(path)
-        sums = (float(kept["sum"]), int(kept["count"])) if kept.keys() >= {"sum", "count"} else (0.0, 0)
+        kept = read_kept(path, {"sum": "float64", "count": "int64"})
+        sums = (float(kept["sum"]), int(kept["count"])) if kept else (0.0, 0)
         saved = time.monotonic()
 
         def save() -> None:

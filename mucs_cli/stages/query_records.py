@@ -35,6 +35,10 @@ class QueryRecords:
         """
         write_record(self._path(query), record)
 
+    def forget(self, query: int) -> None:
+        """Says that a query is not done."""
+        self._path(query).unlink(missing_ok=True)
+
     def read(self) -> dict[int, dict[str, Any]]:
         """By query; one that is damaged is left out, as if its query had not been done."""
         found = {}

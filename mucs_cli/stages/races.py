@@ -101,7 +101,7 @@ class Races:
         for place, query in enumerate(ids):  # one after the other: all of them may be more than the memory holds
             for name, values in (finished[query] if query in finished else self.row(query)).items():
                 file.arrays[name][place] = values
-        file.finish(keep_journal=True)
+        file.finish()  # an interruption before its manifest: it is written again from the races' results
         facts = self.records.read()
         return {"top_k": self.k, "races": {str(query): facts[query] for query in queries if query in facts}}
 
@@ -118,7 +118,7 @@ class Races:
 
     def result(self, query: int) -> dict[str, Tensor]:
         """``score`` [N], float32, and ``draws`` [N], int32: how many each score rests on; empty before it is raced."""
-        return read_kept(self._path(query))
+        return read_kept(self._path(query), ROW_FORMS, N=self.work.num_images)
 
     def row(self, query: int) -> Row:
         """What a finished race says of a query."""
@@ -285,9 +285,9 @@ class Race:
         score = np.empty(self.num_images, np.float32)
         rows, whole = self.complete()
         score[rows] = whole
+        audited = self.values(self.audited, self.num_draws)
         for num_draws in np.unique(self.draws[self.draws < self.num_draws]):
             some = np.flatnonzero(self.draws == num_draws)
-            audited = self.values(self.audited, self.num_draws)
             shift = audited.mean() - audited[:, :num_draws].mean()
             for part in in_parts(some):
                 score[part] = self.values(part, int(num_draws)).mean(axis=1) + shift

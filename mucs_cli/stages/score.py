@@ -22,7 +22,7 @@ from mucs_cli.stages.context import Context
 from mucs_cli.stages.finished import SCORES, map_scores
 from mucs_cli.stages.loading import num_settled, refuse_unsettled
 from mucs_cli.stages.loss_comparison import LossComparison
-from mucs_cli.stages.races import Races, Row
+from mucs_cli.stages.races import RACES, Races, Row
 from mucs_cli.stages.scorer import Scorer
 from mucs_cli.stages.slices import fill
 from mucs_cli.stages.work import Work
@@ -48,6 +48,7 @@ def run(context: Context) -> None:
         sections=context.score_sections,
         inputs={"dataset": data.fingerprint, "model": work.inputs.model.fingerprint, **scorer.inputs},
         queries=work.queries.wanted,
+        spent=(RACES,),
     )
     k = num_settled(context.config.score.top_k, work.num_images) if context.races else None
     if k is not None:
@@ -66,22 +67,21 @@ def run(context: Context) -> None:
 
 def compute(stage: Stage, work: Work, scorer: Scorer, folder: Path) -> None:
     """Scores the stage's queries, into its folder; ``folder`` is the variant's, of which the stage may be a slice."""
-    finished = finished_scores(stage)
+    finished = finished_scores(stage, work)
     processes.on_first(lambda: stage.keep_aside(SCORES) if finished else None)
     new = [query for query in stage.queries or () if query not in finished]
     races = races_of(stage, work, scorer)
     races.prepare() if races is not None else scorer.prepare()
     facts = write_scores(stage, work, scorer, races, new, finished)
     facts |= {"device": str(work.inputs.device), "processes": processes.count(), **scorer.facts()}
-    spent = [] if races is None else [races.records.folder]
-    processes.on_first(lambda: finish(stage, work, scorer, sorted({*new, *finished}), facts, spent=spent))
+    processes.on_first(lambda: finish(stage, work, scorer, sorted({*new, *finished}), facts))
     log.info("score: %d queries x %d training images in %s", len(new), work.num_images, folder)
 
 
 def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any], work: Work, scorer: Scorer) -> None:
     """Adds the scores of a slice, see ``slices.fill``."""
     added = map_scores(slice_folder / SCORES, manifest["outputs"][SCORES]["sha256"], N=work.num_images)
-    old = finished_scores(stage)
+    old = finished_scores(stage, work)
     if old:
         stage.keep_aside(SCORES)
     finished = rows_of(added) | old
@@ -127,21 +127,20 @@ def finish(
     query_ids: Sequence[int],
     facts: Mapping[str, Any],
     seconds: float | None = None,
-    spent: Sequence[Path] = (),
 ) -> None:
     """Writes what stands beside the scores, and the manifest.
 
     Args:
         query_ids: of all scores.
         facts: what else it is to record.
-        seconds, spent: see ``Stage.finish``.
+        seconds: see ``Stage.finish``.
     """
     num_rows = min(TOP_ROWS, facts.get("top_k", TOP_ROWS))
     scores = map_tensors(stage.folder / SCORES, ["score", "query_id"])
     write_top(stage.folder / "top.csv", scores, work.inputs.pixels, num_rows)
     outputs = [stage.folder / SCORES, stage.folder / "top.csv", *scorer.write_files(stage.folder, query_ids)]
     counts = {"queries": len(query_ids), "training_images": work.num_images}
-    stage.finish({**facts, "counts": counts}, outputs, seconds, spent=spent)
+    stage.finish({**facts, "counts": counts}, outputs, seconds)
 
 
 def warn_of_unused_keys(context: Context) -> None:
@@ -160,12 +159,12 @@ def warn_of_unused_keys(context: Context) -> None:
             log.warning("%s has no effect with score.mode=%s", key, context.config.score.mode)
 
 
-def finished_scores(stage: Stage) -> dict[int, Row]:
+def finished_scores(stage: Stage, work: Work) -> dict[int, Row]:
     """Of a finished stage that lacks some queries, those that it has; empty without one."""
     if not stage.previous:
         return {}
     path = recorded_file(stage.folder, stage.previous, SCORES)
-    return rows_of(map_scores(path, stage.previous["outputs"][SCORES]["sha256"]))
+    return rows_of(map_scores(path, stage.previous["outputs"][SCORES]["sha256"], N=work.num_images))
 
 
 def rows_of(tensors: Mapping[str, np.memmap]) -> dict[int, Row]:

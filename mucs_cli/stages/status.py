@@ -5,9 +5,10 @@ deleted: in a folder from others they could lead to another run, or anywhere.
 """
 
 import contextlib
+import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mucs_cli import tracking
+from mucs_cli import locks, tracking
 from mucs_cli.errors import UserError
 from mucs_cli.files import read_regular
-from mucs_cli.records import SLICES, read_manifest
+from mucs_cli.records import SLICES, flatten, read_manifest
 from mucs_cli.stages.context import Context
 from mucs_cli.text import printable
 
+log = logging.getLogger("mucs")
 PIPE_WIDTH = 160
 """Columns where stdout is no terminal: enough that no cell is cut."""
 
@@ -59,7 +61,7 @@ def run(context: Context) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     entries = list(entries_of(context.run))
     if context.config.clean:
-        freed = clean([path for entry in entries for path in entry.cleanable])
+        freed = sum(clean(context.run / entry.name, entry.cleanable) for entry in entries if entry.cleanable)
         console.print(f"deleted {bytes_text(freed)} ({freed} bytes) that can be computed again")
         entries = list(entries_of(context.run))
     console.print(table_of(context.run, entries))
@@ -102,10 +104,20 @@ def shared_entry(run: Path, folder: Path) -> Entry:
     if folder.parent.name != SLICES:
         return entry_of(run, folder, [folder])
     entry = entry_of(run, folder, [])
-    whole = read(folder.parent.parent / folder.name.rpartition("__")[0] / "manifest.json").get("queries", {})
-    wanted = (read(folder / "manifest.json") or read(folder / "state.json")).get("queries", {})
-    has_all = bool(wanted) and wanted.items() <= whole.items() and not leads_away(run, folder)
-    return replace(entry, cleanable=(folder,) if has_all else ())
+    variant = folder.parent.parent / folder.name.rpartition("__")[0]
+    whole, part = read(variant / "manifest.json"), read(folder / "manifest.json") or read(folder / "state.json")
+    is_in_it = holds(variant, whole, part) and not leads_away(run, folder)
+    return replace(entry, cleanable=(folder,) if is_in_it else ())
+
+
+def holds(variant: Path, whole: dict[str, Any], part: dict[str, Any]) -> bool:
+    """Whether a variant has all that a slice has or was to have, of the same model and settings; by their manifests."""
+    wanted = {key: part.get(key, {}) for key in ("config", "inputs", "queries")}
+    return (
+        bool(part.get("queries"))
+        and flatten(wanted).items() <= flatten(whole).items()
+        and all(size_of(variant / name) == entry["bytes"] for name, entry in whole.get("outputs", {}).items())
+    )
 
 
 def is_pretrained(run: Path) -> bool:
@@ -202,19 +214,23 @@ def size_of_file(path: Path) -> int:
 # --- what is done with it --------------------------------------------------------------------------------------------
 
 
-def clean(paths: list[Path]) -> int:
-    """Deletes files and folders; returns the bytes freed."""
+def clean(folder: Path, paths: Sequence[Path]) -> int:
+    """Deletes files and folders of a stage's folder, unless another command is at it; returns the bytes freed."""
     freed = 0
-    for path in paths:
-        size = size_of(path)
-        try:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        except OSError as error:
-            raise UserError(str(path), f"cannot be deleted ({error.strerror}). Change its permissions.") from error
-        freed += size
+    with locks.locked(folder, wait=False) as is_ours:
+        if not is_ours:
+            log.warning("%s is left: %s is at it", folder, locks.holder_text(locks.lock_path(folder)))
+            return 0
+        for path in paths:
+            size = size_of(path)
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(str(path), f"cannot be deleted ({error.strerror}). Change its permissions.") from error
+            freed += size
     return freed
 
 

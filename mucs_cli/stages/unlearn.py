@@ -23,6 +23,8 @@ from mucs_cli.stages.unlearner import Unlearner
 from mucs_cli.stages.work import Work
 
 LOSSES = "log.jsonl"
+CHECKPOINT = "checkpoint"
+DONE = "done"
 
 
 def run(context: Context) -> None:
@@ -46,6 +48,7 @@ def run(context: Context) -> None:
         queries=queries.wanted,
         scores_only=False,
         file_of=lambda query: query_file(folder, query).name,
+        spent=(CHECKPOINT, DONE),
     )
     if not fill(context, stage, lambda stage: unlearn_queries(stage, work, unlearner), add):
         log.info("unlearn: up to date (%s)", folder)
@@ -54,7 +57,7 @@ def run(context: Context) -> None:
 def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
     """Unlearns the stage's queries, into its folder."""
     folder, records = stage.folder, records_of(stage)
-    unlearner.checkpoints = QueryCheckpoints(folder / "checkpoint", work.config.checkpoint.every_seconds)
+    unlearner.checkpoints = QueryCheckpoints(folder / CHECKPOINT, work.config.checkpoint.every_seconds)
     unlearner.prepare()
     num_steps = dict(
         processes.on_first(
@@ -74,6 +77,7 @@ def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
         def unlearned(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], str]]:
             for query, result in unlearner.results(some):
                 path = query_file(folder, query)
+                records.forget(query)  # one that is there is of other tensors
                 write_tensors(path, result.tensors)
                 done = DoneQuery(result.summary(), log_lines(query, result), entry_of(path))
                 records.write(query, asdict(done))
@@ -100,8 +104,7 @@ def unlearn_queries(stage: Stage, work: Work, unlearner: Unlearner) -> None:
         "processes": processes.count(),
         "counts": {"trainable_tensors": len(unlearner.trainable)},
     }
-    spent = [unlearner.checkpoints.folder, records.folder]
-    processes.on_first(lambda: finish(stage, finished_queries(stage), facts, spent=spent))
+    processes.on_first(lambda: finish(stage, finished_queries(stage), facts))
 
 
 def add(stage: Stage, slice_folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -119,14 +122,13 @@ def finish(
     done: Mapping[int, "DoneQuery"],
     facts: Mapping[str, Any],
     seconds: float | None = None,
-    spent: Sequence[Path] = (),
 ) -> None:
     """Writes the losses and the manifest.
 
     Args:
         done: all queries that the folder has models of, those of earlier commands and attempts included.
         facts: what else the manifest is to record.
-        seconds, spent: see ``Stage.finish``.
+        seconds: see ``Stage.finish``.
     """
     queries = sorted(done)
     known = stage.known_queries() | stage.attempted
@@ -137,7 +139,7 @@ def finish(
     files = {query: query_file(stage.folder, query) for query in queries}
     entries = {files[query].name: done[query].file for query in queries}
     facts = {**facts, "counts": counts, "results": results}
-    stage.finish(facts, [*files.values(), stage.folder / LOSSES], seconds, entries, spent)
+    stage.finish(facts, [*files.values(), stage.folder / LOSSES], seconds, entries)
 
 
 # --- what is done ----------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class DoneQuery:
 
 def records_of(stage: Stage) -> QueryRecords:
     """Of queries that no manifest names yet."""
-    return QueryRecords(stage.folder / "done", is_done_query)
+    return QueryRecords(stage.folder / DONE, is_done_query)
 
 
 def is_done_query(record: dict[str, Any]) -> bool:

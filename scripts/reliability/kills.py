@@ -246,10 +246,8 @@ def hashes(run: Path) -> dict[str, str]:
 
 def unfinished(run: Path) -> list[str]:
     """What only an unfinished stage should hold."""
-    left = [
-        path.relative_to(run) for pattern in ("*.partial", "*.journal", "state.json") for path in run.rglob(pattern)
-    ]
-    return sorted(str(path) for path in [*left, *(p.relative_to(run) for p in run.glob("unlearn/*/checkpoint"))])
+    patterns = ("*.partial", "*.journal", "*.previous", "state.json", "unlearn/*/checkpoint", "done", "races")
+    return sorted(str(path.relative_to(run)) for pattern in patterns for path in run.rglob(pattern))
 
 
 def run_kills(num_kills: int, seed: int, names: list[str]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def test_scores_under_other_numbers_of_threads_agree_within_float_tolerance(kind
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
+            assert torch.get_num_threads() == threads
             found.append(scores(denoiser, [changed(denoiser, 0)], 96))
     finally:
         torch.set_num_threads(before)

@@ -212,15 +212,25 @@ def test_tensors_of_another_form_are_refused_though_their_hash_is_right(
     assert caught.value.subject == str(finished.run / folder / file)
 
 
-@pytest.mark.parametrize("name", ["example_id", "query_id"])
-def test_scores_of_images_or_queries_that_cannot_be_are_refused(finished: RunBuilder, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "place", "number", "got"),
+    [
+        ("example_id", 0, -1, "got example_id that do not ascend from 0 or more"),
+        ("query_id", 0, -1, "got query_id that do not ascend"),
+        ("example_id", -1, 9999, "scores image 9999; this run has"),
+        ("query_id", -1, 77, "scores query 77; this run has"),
+    ],
+)
+def test_scores_of_images_or_queries_that_cannot_be_are_refused(
+    finished: RunBuilder, name: str, place: int, number: int, got: str
+) -> None:
     folder = finished.run / "score" / "mucs"
     tensors = read_tensors(folder / "scores.safetensors")
-    tensors[name][0] = -1
+    tensors[name][place] = number
     write_tensors(folder / "scores.safetensors", tensors)
     sha256 = sha256_file(folder / "scores.safetensors")
     changed(folder, outputs={"scores.safetensors": {"sha256": sha256, "bytes": 1}})
-    with pytest.raises(UserError, match=r"score/mucs: scores (image|query) -1; this run has"):
+    with pytest.raises(UserError, match=got):
         RunResults(finished.run).variant("mucs")
 
 

@@ -283,6 +283,27 @@ def test_a_bit_that_flips_in_a_file_in_the_making_is_computed_again(
     assert_same_files(run, whole, "score")
 
 
+def test_what_a_kill_just_after_the_manifest_has_left_is_deleted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, keys in (("unlearn", UNLEARN), ("score", [*SCORE, "score.mode=adaptive", "score.top_k=2"])):
+        shutil.rmtree(run / command)
+        with monkeypatch.context() as patched:
+            patched.setattr(Stage, "_tidy", lambda stage, manifest: stop_here(stage.folder))
+            stop(Killed, command, f"run={run}", *keys)
+        locks.release_all()
+        (folder,) = (path.parent for path in (run / command).glob("mucs*/manifest.json"))
+        left = {path.name for path in folder.iterdir()}
+        assert left >= {"state.json", "done" if command == "unlearn" else "races"}
+        mucs(command, f"run={run}", *keys)
+        for name in ("state.json", "done", "races", "checkpoint"):
+            assert not (folder / name).exists()
+
+
+def stop_here(folder: Path) -> None:
+    """What takes the place of ``Stage._tidy``: a kill, but for folders that variants share."""
+    if not folder.parent.name.startswith("_"):
+        raise Killed
+
+
 # --- files of another form, though their hashes are right ------------------------------------------------------------
 
 
@@ -299,6 +320,12 @@ def test_forged_tensors_are_refused_in_one_line(run: Path, capsys: pytest.Captur
     for changed in ({"score": whole["score"].double()}, {"score": whole["score"][:, 1:].contiguous()}):
         forge(scores, whole | changed)
         assert f"{scores}: got float" in fails(capsys, "score", f"run={run}", *SCORE)
+    for name in ("query_id", "example_id"):
+        twice = whole[name].clone()
+        twice[1] = twice[0]
+        forge(scores, whole | {name: twice})
+        for command in (["report"], ["evaluate", "evaluation=overlap"], ["show"]):
+            assert f"{scores}: got {name} that do not ascend" in fails(capsys, command[0], f"run={run}", *command[1:])
     forge(scores, {name: tensor for name, tensor in whole.items() if name != "query_id"})
     assert "expected a safetensors file with 'query_id'" in fails(capsys, "score", f"run={run}", *SCORE)
     model = folder_of(run) / "query_0000.safetensors"
@@ -308,6 +335,35 @@ def test_forged_tensors_are_refused_in_one_line(run: Path, capsys: pytest.Captur
         forge(model, found | changed)
         shutil.rmtree(scores.parent)
         assert "which the base model has not" in fails(capsys, "score", f"run={run}", *SCORE)
+
+
+def test_forged_facts_about_queries_are_refused_when_others_are_added(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = folder_of(run) / "manifest.json"
+    mucs("sample", f"run={run}", "queries.num=4")
+    record = json.loads(manifest.read_text())
+    for forged in ("a lot", None):
+        results = [{**entry, "num_steps": forged} for entry in record["results"]]
+        artifacts.write_record(manifest, record | {"results": results})
+        assert "got results of another form" in fails(capsys, "unlearn", f"run={run}", *UNLEARN)
+    artifacts.write_record(manifest, record)
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    (scores,) = (run / "score").glob("mucs*/scores.safetensors")
+    found = load_file(scores)
+    one = {name: found[name][..., :1].contiguous() for name in ("score", "example_id")}
+    forge(scores, found | one)
+    assert f"{scores}: got float32 [3, 1] for 'score'" in fails(capsys, "score", f"run={run}", *SCORE)
+
+
+def test_queries_that_are_no_pictures_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "sample" / "samples.safetensors"
+    found = load_file(path)
+    forge(path, found | {"image": found["image"] * float("nan")})
+    for command in (["report"], ["unlearn", "overwrite=true"]):
+        assert f"{path}: got values for 'image' that are not finite" in fails(
+            capsys, command[0], f"run={run}", *command[1:]
+        )
 
 
 def test_queries_without_roles_are_generated_ones(run: Path) -> None:

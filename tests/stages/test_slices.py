@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from commands import mucs
 from interrupted import Killed, assert_same_files, calls_of, stop, stop_after
 
 from mucs_cli import locks
+from mucs_cli.artifacts import write_record
 from mucs_cli.stage_folder import Stage
 from mucs_cli.stages import engine, mirrored
 
@@ -182,3 +184,31 @@ def test_a_slice_that_was_given_up_can_be_cleaned_once_the_variant_has_its_queri
     assert "that can be computed again" in capsys.readouterr().out
     assert not left.exists()
     assert_whole(run, whole, "unlearn")
+
+
+def test_a_slice_of_another_model_or_that_a_command_is_at_is_not_cleaned(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def left() -> list[Path]:
+        return list((run / "unlearn" / "_slices").glob("[!.]*"))
+
+    mucs("unlearn", f"run={run}", *UNLEARN)
+    mucs("run", f"run={run}", "stages=[train,sample]", "training.learning_rate=1e-4", "overwrite=true")
+    manifest = next((run / "unlearn").glob("*/manifest.json"))
+    with monkeypatch.context() as patched:
+        stop_after(patched, mirrored, "unlearn", 1, Killed)
+        stop(Killed, "unlearn", f"run={run}", *UNLEARN, FIRST, "overwrite=true")
+    locks.release_all()
+    # pictures of the two models can be equal: what they are of decides
+    record, state = json.loads(manifest.read_text()), json.loads((left()[0] / "state.json").read_text())
+    write_record(manifest, record | {"queries": record["queries"] | state["queries"]})
+    mucs("status", f"run={run}", "clean=true")
+    assert left()
+    write_record(manifest, record | {key: state[key] for key in ("config", "inputs", "queries")})
+    other = threading.Thread(target=locks.hold, args=(left()[0], False))
+    other.start()
+    other.join()
+    mucs("status", f"run={run}", "clean=true")  # which ends by giving back all locks of this process
+    assert left() and f"{left()[0]} is left: process" in capsys.readouterr().err
+    mucs("status", f"run={run}", "clean=true")
+    assert not left()
