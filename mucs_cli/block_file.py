@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mucs_cli.artifacts import REDO, sync
 from mucs_cli.errors import UserError
+from mucs_cli.rehearsal import current_rehearsal
 from mucs_cli.runtime import log
 
 SAFETENSORS_DTYPE = {
@@ -121,8 +122,8 @@ class BlockFile:
         """
         if block not in self._checksums:
             return False
-        if self._checksums[block] == checksum_of(values):
-            return True
+        if current_rehearsal() is not None or self._checksums[block] == checksum_of(values):
+            return True  # a rehearsal's copy of the file has no data
         log.warning("%s: a part of it is damaged; computed again", self.partial)
         return False
 
