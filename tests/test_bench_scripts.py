@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mucs_cli.cli import main
 
@@ -54,3 +55,14 @@ def test_a_benchmark_gives_figures(
     result = json.loads(capsys.readouterr().out)
     assert result.pop("benchmark") == name
     assert any(isinstance(figure, float) and figure > 0 for figure in result.values())
+
+
+def test_operands_are_rounded_to_the_ten_bits_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+    script = runpy.run_path(str(BENCH / "precision.py"))
+    step = 2.0**-10  # between 1 and 2
+    values = torch.tensor([1, 1 + 0.4 * step, 1 + 0.6 * step, -1 - 0.6 * step, 3 * (1 + step), 0])
+    assert script["to_tf32"](values).tolist() == [1, 1, 1 + step, -1 - step, 3 + 4 * step, 0]
+    with script["TF32Products"]() as products:
+        found = torch.nn.functional.linear(values[2:3], torch.tensor([[1 + 0.4 * step]]))
+    assert (found.item(), products.count) == (1 + step, 1)
