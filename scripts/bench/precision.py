@@ -128,7 +128,7 @@ class TF32Products(TorchFunctionMode):
             self.count += 1
             return func(to_tf32(args[0]), to_tf32(args[1]), *args[2:], **kwargs)
         if func in (torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, Tensor.matmul, Tensor.__matmul__):
-            raise NotImplementedError(f"{func} is not rounded: add it")
+            raise TypeError(f"{func} is not rounded: add it")
         return func(*args, **kwargs)
 
 
